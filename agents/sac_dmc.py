@@ -135,7 +135,13 @@ def make_env(args: Args, seed: int, video_dir: Path | None):
     env = suite.load(*tasks[name], task_kwargs={"random": seed})
     if args.action_repeat > 1:
         env = wrappers("--action-repeat").ActionRepeat(env, args.action_repeat)
-    return wrappers("--capture-video").RecordVideo(env, video_dir) if video_dir else env
+    if video_dir:
+        module = wrappers("--capture-video")
+        try:
+            env = module.RecordVideo(env, video_dir)
+        except module.RenderingError as error:
+            print(f"--capture-video is off: {error}", file=sys.stderr)
+    return env
 
 
 class Environments:
@@ -153,13 +159,18 @@ class Environments:
         self.low, self.high = (np.broadcast_to(x, spec.shape) for x in (spec.minimum, spec.maximum))
         if not np.isfinite([self.low, self.high]).all():
             fail(f"--env-id {args.env_id} has unbounded actions; every bound must be finite.")
-        self.obs_dim, self.action_dim = self.reset(0).size, self.low.size
+        spec = self.envs[0].observation_spec().values()
+        self.obs_dim, self.action_dim = sum(int(np.prod(x.shape)) for x in spec), self.low.size
 
     def reset(self, i: int, seed: int | None = None) -> np.ndarray:
         """Begins an episode of environment i, a fixed one if a seed is given; returns obs [O]."""
         if seed is not None:
             self.envs[i].task.random.seed(seed)
         return self.ravel(self.envs[i].reset())
+
+    def reset_all(self) -> np.ndarray:
+        """Begins the same first episodes as every time; returns obs [N, O]."""
+        return np.stack([self.reset(i, seed) for i, seed in enumerate(self.seeds)])
 
     def step(self, action: np.ndarray, active: np.ndarray | None = None):
         """Steps the active environments, by default all, with action [N, A].
@@ -172,7 +183,10 @@ class Environments:
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         native = self.low + (action.astype(np.float64) + 1) * (self.high - self.low) / 2
         for i in range(n) if active is None else np.flatnonzero(active):
-            timestep = self.envs[i].step(native[i])
+            try:
+                timestep = self.envs[i].step(native[i])
+            except RuntimeError as error:  # dm_control's PhysicsError
+                raise FloatingPointError(error) from None
             next_obs[i], reward[i] = self.ravel(timestep), timestep.reward
             terminated[i] = timestep.last() and timestep.discount == 0
             truncated[i] = timestep.last() and timestep.discount != 0
@@ -182,7 +196,8 @@ class Environments:
 
     def ravel(self, timestep) -> np.ndarray:
         """The entries of an observation, some of them 0-d, as one float32 [O]."""
-        return np.concatenate([np.ravel(x) for x in timestep.observation.values()], dtype=np.float32)
+        entries = [np.ravel(x) for x in timestep.observation.values()]
+        return np.concatenate(entries, dtype=np.float32)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -478,6 +493,7 @@ def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
 def check(args: Args):
     """Refuses values and combinations that cannot work, before anything compiles."""
     may_be_zero = ("seed", "eval_frequency", "learning_starts", "target_entropy_scale")
+    may_be_zero += ("exploration_noise", "policy_noise", "noise_clip")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if type(value) in (int, float) and "log_std" not in name:
@@ -488,7 +504,7 @@ def check(args: Args):
     if args.batch_size > args.buffer_size:
         fail(f"--batch-size {args.batch_size} must not exceed --buffer-size {args.buffer_size}.")
     if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts must be below --total-timesteps {args.total_timesteps}.")
+        fail(f"--learning-starts must be below --total-timesteps {args.total_timesteps} to learn.")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights & Biases; install it with: pip install wandb")
 
@@ -497,7 +513,7 @@ def start_run(args: Args) -> Path:
     """Makes the run directory with config.json, what it takes to make the same run again."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or "runs/" + name.replace("/", "_").replace(":", "_"))
-    describe = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    describe = f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40".split()
     packages = "jax jaxlib flax optax numpy dm_control mujoco gymnasium".split()
     config = {
         "args": vars(args),
@@ -566,7 +582,7 @@ class Log:
 
 def evaluate(state: State, envs: Environments, args: Args):
     """Returns and lengths of fixed episodes under the greedy policy, [S, E] each."""
-    obs = np.stack([envs.reset(i, seed) for i, seed in enumerate(envs.seeds)])
+    obs = envs.reset_all()
     returns, lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
     running, groups = np.ones(len(obs), bool), (args.num_seeds, args.eval_episodes)
     while running.any() and lengths.max() < args.eval_max_steps:
@@ -590,7 +606,7 @@ def main(args: Args):
     eval_envs = Environments(args, eval_seeds, run_dir / "videos" if args.capture_video else None)
     state = init(np.array(seeds), envs.obs_dim, envs.action_dim, args)
     buffer = make_buffer(envs.obs_dim, envs.action_dim, args)
-    obs = np.stack([envs.reset(i) for i in range(args.num_seeds)])
+    obs = envs.reset_all()
     returns, lengths = np.zeros(args.num_seeds), np.zeros(args.num_seeds, int)
 
     log = Log(args, run_dir)
