@@ -175,8 +175,8 @@ class Environments:
     def step(self, action: np.ndarray, active: np.ndarray | None = None):
         """Steps the active environments, by default all, with action [N, A].
 
-        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active. A time
-        limit has discount 1 and truncates; only a last step with discount 0 terminates.
+        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active.
+        A time limit has discount 1 and truncates; only a last step with discount 0 terminates.
         """
         n = len(self.envs)
         next_obs, reward = np.zeros((n, self.obs_dim), np.float32), np.zeros(n, np.float32)

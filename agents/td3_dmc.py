@@ -8,7 +8,8 @@
 # ///
 """TD3 on the DeepMind Control Suite, in one file.
 
-Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods", arXiv:1802.09477v3.
+Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods",
+arXiv:1802.09477v3.
 
     python td3_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
@@ -170,8 +171,8 @@ class Environments:
     def step(self, action: np.ndarray, active: np.ndarray | None = None):
         """Steps the active environments, by default all, with action [N, A].
 
-        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active. A time
-        limit has discount 1 and truncates; only a last step with discount 0 terminates.
+        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active.
+        A time limit has discount 1 and truncates; only a last step with discount 0 terminates.
         """
         n = len(self.envs)
         next_obs, reward = np.zeros((n, self.obs_dim), np.float32), np.zeros(n, np.float32)

@@ -8,7 +8,8 @@
 # ///
 """TD3 on Gymnasium environments, in one file.
 
-Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods", arXiv:1802.09477v3.
+Fujimoto et al., "Addressing Function Approximation Error in Actor-Critic Methods",
+arXiv:1802.09477v3.
 
     python td3_gym.py --env-id HalfCheetah-v5 --total-timesteps 1000000
 
@@ -139,7 +140,7 @@ def make_env(args: Args, seed: int, video_dir: Path | None):
             env.render()
             env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True)
         except Exception as error:  # every renderer has its own
-            print(f"--capture-video is off, nothing can be rendered here ({error}).", file=sys.stderr)
+            print(f"--capture-video is off, nothing can be rendered ({error}).", file=sys.stderr)
     return gym.wrappers.FlattenObservation(env)
 
 
@@ -157,7 +158,7 @@ class Environments:
         self.space, observations = self.envs[0].action_space, self.envs[0].observation_space
         for space in (self.space, observations):
             if not isinstance(space, gym.spaces.Box):
-                fail(f"--env-id {args.env_id} has the space {space}; only Box spaces are supported.")
+                fail(f"--env-id {args.env_id} has the space {space}; it must be a Box.")
         self.low, self.high = self.space.low.ravel(), self.space.high.ravel()
         if not np.isfinite([self.low, self.high]).all():
             fail(f"--env-id {args.env_id} has unbounded actions; every bound must be finite.")
@@ -174,16 +175,16 @@ class Environments:
     def step(self, action: np.ndarray, active: np.ndarray | None = None):
         """Steps the active environments, by default all, with action [N, A].
 
-        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active. An
-        episode that terminates in its last allowed step is terminated, not truncated.
+        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active.
+        An episode that terminates in its last allowed step is terminated, not truncated.
         """
         n = len(self.envs)
         next_obs, reward = np.zeros((n, self.obs_dim), np.float32), np.zeros(n, np.float32)
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         native = self.low + (action.astype(np.float64) + 1) * (self.high - self.low) / 2
         for i in range(n) if active is None else np.flatnonzero(active):
-            native_action = native[i].reshape(self.space.shape).astype(self.space.dtype)
-            next_obs[i], reward[i], terminated[i], truncated[i], _ = self.envs[i].step(native_action)
+            result = self.envs[i].step(native[i].reshape(self.space.shape).astype(self.space.dtype))
+            next_obs[i], reward[i], terminated[i], truncated[i], _ = result
         truncated &= ~terminated
         if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an observation or a reward is not finite")
