@@ -2,8 +2,8 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
 #   "jax>=0.6", "jaxlib>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.0", "scipy>=1.14",
-#   "dm_control>=1.0.30", "mujoco>=3.3,<4", "gymnasium>=1.1", "tyro>=0.9.20", "tensorboardX>=2.6.2",
-#   "tqdm>=4.66", "moviepy>=2.1",
+#   "dm_control>=1.0.30", "mujoco>=3.3.2,<4", "gymnasium>=1.3", "tyro>=0.9.20",
+#   "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
 # ]
 # ///
 """Soft Actor-Critic on the DeepMind Control Suite, in one file.
@@ -22,6 +22,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -125,7 +126,12 @@ def wrappers(flag: str):
 def make_env(args: Args, seed: int, video_dir: Path | None):
     """One task of the suite as a `dm_env.Environment`, in the wrappers that the flags ask for."""
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
-    from dm_control import suite
+    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
+    try:
+        from dm_control import suite
+    except (ImportError, AttributeError):  # the renderer named by MUJOCO_GL does not work here
+        os.environ["MUJOCO_GL"] = "disable"
+        from dm_control import suite
 
     tasks = {f"{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
     name = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
@@ -193,6 +199,11 @@ class Environments:
         if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an observation or a reward is not finite")
         return next_obs, reward, terminated, truncated
+
+    def close(self):
+        """Finishes the film of an episode that was cut short."""
+        for env in self.envs:
+            env.close()
 
     def ravel(self, timestep) -> np.ndarray:
         """The entries of an observation, some of them 0-d, as one float32 [O]."""
@@ -637,6 +648,7 @@ def main(args: Args):
     except KeyboardInterrupt:
         fail(f"Stopped at step {step}. The log is in {run_dir}.", code=130)
     finally:
+        eval_envs.close()
         log.close()
 
 

@@ -2,8 +2,8 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
 #   "jax>=0.6", "jaxlib>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.0", "scipy>=1.14",
-#   "dm_control>=1.0.30", "mujoco>=3.3,<4", "gymnasium>=1.1", "tyro>=0.9.20", "tensorboardX>=2.6.2",
-#   "tqdm>=4.66", "moviepy>=2.1",
+#   "dm_control>=1.0.30", "mujoco>=3.3.2,<4", "gymnasium>=1.3", "tyro>=0.9.20",
+#   "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
 # ]
 # ///
 """Soft Actor-Critic on Gymnasium environments, in one file.
@@ -22,6 +22,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -127,6 +128,13 @@ def make_env(args: Args, seed: int, video_dir: Path | None):
     """A `gymnasium.Env` with flat observations, in the wrappers that the flags ask for."""
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
     gym.logger.min_level = gym.logger.ERROR
+    try:
+        import mujoco
+    except (ImportError, AttributeError):  # the renderer named by MUJOCO_GL does not work here
+        os.environ["MUJOCO_GL"] = "disable"
+        import mujoco
+    # MuJoCo's remarks on Gymnasium's models; its own handler would leave a MUJOCO_LOG.TXT, too.
+    mujoco.set_mju_user_warning(logging.getLogger("mujoco").debug)
     kind, _, name = args.env_id.rpartition("old_gym/")
     options = {"render_mode": "rgb_array" if video_dir else None}
     try:
@@ -138,7 +146,7 @@ def make_env(args: Args, seed: int, video_dir: Path | None):
         near = ", ".join(difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.0))
         fail(f"--env-id {args.env_id} cannot be made ({error}); the nearest ids are {near}.")
     if args.action_repeat > 1:
-        env = wrappers("--action-repeat").ActionRepeat(env, args.action_repeat)
+        env = gym.wrappers.RepeatAction(env, args.action_repeat)
     if video_dir:
         try:
             env.reset(seed=seed)
@@ -194,6 +202,11 @@ class Environments:
         if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an observation or a reward is not finite")
         return next_obs, reward, terminated, truncated
+
+    def close(self):
+        """Finishes the film of an episode that was cut short."""
+        for env in self.envs:
+            env.close()
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -633,6 +646,7 @@ def main(args: Args):
     except KeyboardInterrupt:
         fail(f"Stopped at step {step}. The log is in {run_dir}.", code=130)
     finally:
+        eval_envs.close()
         log.close()
 
 
