@@ -353,7 +353,7 @@ def explore(state: State, obs, args: Args):
 
 
 def td_target(state: State, batch: Batch, key, args: Args):
-    """Soft Bellman target with the smaller of the two target critics, [B] (Eq. 3)."""
+    """Soft Bellman target with the smaller of the two target critics, [B] (J_Q of Alg. 1)."""
     next_action, log_prob = sample_action(state.actor, batch.next_obs, key, args)
     next_q = q_values(state.target_critic, batch.next_obs, next_action, args).min(axis=0)
     next_v = next_q - jnp.exp(state.log_alpha) * log_prob
@@ -374,7 +374,7 @@ def critic_loss(critic: Params, batch: Batch, target, args: Args):
 
 
 def actor_loss(actor: Params, state: State, batch: Batch, key, args: Args):
-    """Expected alpha log pi - Q under reparameterised actions (Eq. 7)."""
+    """Expected alpha log pi - Q under reparameterised actions (J_pi of Alg. 1)."""
     action, log_prob = sample_action(actor, batch.obs, key, args)
     q = q_values(state.critic, batch.obs, action, args).min(axis=0)
     loss = (jnp.exp(state.log_alpha) * log_prob - q).mean()
@@ -382,7 +382,7 @@ def actor_loss(actor: Params, state: State, batch: Batch, key, args: Args):
 
 
 def alpha_loss(log_alpha, entropy, target_entropy):
-    """Moves alpha up while the policy's entropy is below its target (Eq. 18, in log alpha)."""
+    """Moves alpha up while the entropy is below its target (J(alpha) of Alg. 1, in log alpha)."""
     loss = log_alpha * (entropy - target_entropy)
     return loss, {"alpha_loss": loss, "alpha": jnp.exp(log_alpha)}
 
