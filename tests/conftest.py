@@ -1,0 +1,202 @@
+"""What all tests share: the scripts under test, small flags, and environments made for testing.
+
+A test that asks for the fixture `script` runs once for every script in the folder `--agents`;
+`@pytest.mark.algorithms("sac")` and `@pytest.mark.backends("dmc")` narrow that down.
+"""
+
+import os
+
+# Before JAX and MuJoCo are imported. The networks are tiny: threads cost more than they give, and
+# compiling takes longer than running, less of it at a lower level of optimisation.
+os.environ.setdefault("MUJOCO_GL", "disable")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+)
+
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import dm_env
+import gymnasium as gym
+import jax
+import numpy as np
+import pytest
+from dm_env import specs
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+# What siblings and mutants have in common is compiled once in a session.
+COMPILED = tempfile.TemporaryDirectory(prefix="jax-rl-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SMALL = dict(
+    hidden_width=32, batch_size=7, buffer_size=100, total_timesteps=100, learning_starts=20,
+    log_frequency=10, eval_frequency=0, eval_episodes=2,
+    # Siblings have other defaults for these; the same ones let them share compilations.
+    layer_norm=True, normalize_obs=True, alpha=0.2, target_entropy_scale=0.5,
+)  # fmt: skip
+
+
+# --- the scripts under test -----------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--agents", type=Path, default=REPOSITORY / "agents", help="folder of the scripts to test"
+    )
+    parser.addoption(
+        "--only", type=Path, help="file with lines FILE::TEST[SCRIPT], the rest is out"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "algorithms(*names): test only scripts of these algorithms")
+    config.addinivalue_line("markers", "backends(*names): test only scripts on these backends")
+
+
+def pytest_generate_tests(metafunc):
+    if "script" not in metafunc.fixturenames:
+        return
+    paths = sorted(metafunc.config.getoption("--agents").glob("*_*.py"))
+    for kind, index in (("algorithms", 0), ("backends", 1)):
+        if marker := metafunc.definition.get_closest_marker(kind):
+            paths = [path for path in paths if parts(path)[index] in marker.args]
+    metafunc.parametrize("script", paths, ids=[path.stem for path in paths], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if only := config.getoption("--only"):
+        wanted = set(only.read_text().splitlines())
+        items[:] = [item for item in items if case(item) in wanted]
+
+
+def case(item) -> str:
+    """FILE::TEST[SCRIPT] of a collected test, whatever its other parameters are."""
+    script = item.callspec.params["script"].stem if hasattr(item, "callspec") else ""
+    return f"{item.path.name}::{item.originalname}[{script}]"
+
+
+def parts(path: Path) -> list[str]:
+    """Algorithm and backend of a script; a mutant is called sac_dmc__name_of_the_mutant.py."""
+    return path.stem.split("__")[0].split("_")
+
+
+def load(path: Path):
+    """The script at this path, imported once; tests know it by `algorithm` and `backend` too."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.algorithm, module.backend = parts(path)
+    return sys.modules[path.stem]
+
+
+@pytest.fixture
+def script(request):
+    """One script of the folder `--agents`, as a module."""
+    return load(request.param)
+
+
+def small_args(script, **changes):
+    """The script's flags, with networks and batches as small as a test needs."""
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    return script.Args(**{name: SMALL[name] for name in SMALL.keys() & known} | changes)
+
+
+# --- environments ---------------------------------------------------------------------------------
+
+
+class Probe:
+    """Says where its episodes end, and remembers the native actions that it was sent.
+
+    The observation is [episode, time in the episode, position of every action dimension]; an action
+    moves the position by its place between the bounds, and the reward is the sum of positions.
+    `endings` holds the length and the kind of the first episodes, then starts over.
+    """
+
+    def __init__(self, low, high, endings=((5, "truncated"),)):
+        self.low, self.high = np.float64(low), np.float64(high)
+        self.endings, self.episode, self.actions = endings, -1, []
+
+    def begin(self) -> np.ndarray:
+        """Starts the next episode; returns its first observation."""
+        self.episode, self.time, self.position = self.episode + 1, 0, np.zeros(self.low.size)
+        return self.observation()
+
+    def observation(self) -> np.ndarray:
+        return np.array([self.episode, self.time, *self.position], np.float32)
+
+    def advance(self, action):
+        """Returns observation, reward, and whether the step terminated or truncated."""
+        self.actions.append(np.array(action))
+        self.time += 1
+        self.position += (action - self.low) / (self.high - self.low) - 0.5
+        length, kind = self.endings[self.episode % len(self.endings)]
+        ends = kind if self.time == length else ""
+        terminated, truncated = "terminated" in ends, "truncated" in ends
+        return self.observation(), float(self.position.sum()), terminated, truncated
+
+
+class DmcProbe(dm_env.Environment):
+    """A probe as the suite would show it: a time limit has discount 1, a termination 0."""
+
+    def __init__(self, probe: Probe):
+        self.probe, self.task = probe, SimpleNamespace(random=np.random.RandomState())
+
+    def reset(self):
+        return dm_env.restart({"all": self.probe.begin()})
+
+    def step(self, action):
+        observation, reward, terminated, truncated = self.probe.advance(action)
+        end = dm_env.termination if terminated else dm_env.truncation if truncated else None
+        return (end or dm_env.transition)(reward, {"all": observation})
+
+    def observation_spec(self):
+        return {"all": specs.Array((2 + self.probe.low.size,), np.float32)}
+
+    def action_spec(self):
+        low, high = self.probe.low, self.probe.high
+        return specs.BoundedArray(low.shape, np.float64, low, high)
+
+
+class GymProbe(gym.Env):
+    """A probe as a Gymnasium environment, which may terminate and truncate in the same step."""
+
+    def __init__(self, probe: Probe):
+        self.probe = probe
+        self.action_space = gym.spaces.Box(probe.low, probe.high, dtype=np.float64)
+        shape = (2 + probe.low.size,)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.probe.begin(), {}
+
+    def step(self, action):
+        return *self.probe.advance(action), {}
+
+
+@pytest.fixture
+def use_probes(script, monkeypatch):
+    """`use_probes(low, high, endings)` lets the script build probes; returns those it built."""
+
+    def use(*arguments) -> list[Probe]:
+        built = []
+
+        def make_env(args, seed, video_dir):
+            built.append(Probe(*arguments))
+            return {"dmc": DmcProbe, "gym": GymProbe}[script.backend](built[-1])
+
+        monkeypatch.setattr(script, "make_env", make_env)
+        return built
+
+    return use

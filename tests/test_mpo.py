@@ -1,0 +1,792 @@
+"""What MPO adds: temperatures, weighted samples, a decoupled M-step within trust regions."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import small_args
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import (
+    ACT,
+    BATCH,
+    OBS,
+    assert_close,
+    assert_equal,
+    compiled,
+    constant_critics,
+    descended,
+    finite_differences,
+    float64,
+    init,
+    linear,
+    linear_args,
+    moved,
+    perturbed,
+    random_batch,
+    same_observations,
+)
+from scipy import optimize, special, stats
+
+pytestmark = pytest.mark.algorithms("mpo")
+
+SAMPLES = 5  # another prime, so that no axis can be mistaken for [B], [A] or [2]
+EPSILON = 0.1
+
+# Before the backend starts: the callback of SLSQP runs JAX, and would wait for its own thread.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def mpo_args(script, **changes):
+    return small_args(script, **dict(action_samples=SAMPLES) | changes)
+
+
+def gaussian_actor(mean, stddev, args):
+    """An actor without hidden layers whose Gaussian is the same everywhere, [A] each."""
+    mean, stddev = np.broadcast_arrays(np.atleast_1d(mean).astype(float), stddev)
+    spread = np.log(np.expm1(stddev * np.log(2) / args.initial_stddev))
+    return linear(np.zeros((OBS, 2 * mean.size)), np.concatenate([mean, spread]))
+
+
+def free_policy(monkeypatch, script):
+    """Lets mean and standard deviation themselves, [B, A] each, be the actor's parameters."""
+    monkeypatch.setattr(script, "policy", lambda actor, obs, args: actor)
+
+
+def log_mean_exp(x):
+    return special.logsumexp(x, axis=0) - np.log(len(x))
+
+
+def attained_kl(q, temperature) -> float:
+    """KL to uniform of the weights that a temperature gives q [N, B], the mean over states."""
+    x = (np.float64(q) - np.float64(q).max(axis=0)) / np.float64(temperature)
+    log_ratio = x - log_mean_exp(x)
+    return (np.exp(log_ratio) * log_ratio - np.expm1(log_ratio)).mean()
+
+
+def dual(q, temperature, epsilon) -> float:
+    """The function of the temperature that the E-step minimises."""
+    q = np.float64(q)
+    return temperature * (epsilon + log_mean_exp(q / temperature).mean())
+
+
+def newton(script, q, epsilon=EPSILON):
+    return float(jitted(script.newton_temperature)(np.float32(q), epsilon))
+
+
+@oracles.cache
+def jitted(function):
+    return jax.jit(function)
+
+
+def normal_q(samples=20, states=64, seed=0):
+    return np.random.default_rng(seed).normal(size=(samples, states))
+
+
+# --- the loss of Acme, on stored inputs -----------------------------------------------------------
+
+
+@pytest.fixture(params=range(4), ids="case{}".format)
+def acme(request):
+    """Inputs and outputs of acme/jax/losses/mpo.py."""
+    stored = np.load(Path(__file__).parent / "data" / "mpo_loss.npz")
+    prefix = f"case{request.param}/"
+    keys = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+    return SimpleNamespace(**{key: stored[prefix + key] for key in keys})
+
+
+def test_losses_and_gradients_are_those_of_acme(script, acme, monkeypatch):
+    """Weights, losses, KLs and all gradients, with and without penalty and per dimension."""
+    free_policy(monkeypatch, script)
+    penalty = hasattr(acme, "raw_penalty_temperature")
+    args = small_args(
+        script, temperature_solver="gradient", action_penalty=penalty,
+        per_dim_constraining=acme.alpha_mean.size == acme.online_mean.shape[1],
+        epsilon=float(acme.epsilon), epsilon_penalty=float(acme.epsilon_penalty),
+        epsilon_mean=float(acme.epsilon_mean), epsilon_stddev=float(acme.epsilon_stddev),
+    )  # fmt: skip
+    duals = script.Duals(
+        temperature=acme.raw_temperature[0],
+        penalty_temperature=acme.raw_penalty_temperature[0] if penalty else None,
+        alpha_mean=acme.raw_alpha_mean,
+        alpha_stddev=acme.raw_alpha_stddev,
+    )
+    duals = jax.tree.map(jnp.asarray, duals)
+    target = SimpleNamespace(target_actor=(acme.target_mean, acme.target_stddev), duals=duals)
+    actor = jnp.asarray(acme.online_mean), jnp.asarray(acme.online_stddev)
+    q, actions = jnp.asarray(acme.q_values), jnp.asarray(acme.actions)
+    close = partial(np.testing.assert_allclose, rtol=1e-4)
+
+    close(script.multiplier(duals.temperature), acme.temperature[0])
+    close(script.multiplier(duals.alpha_mean), acme.alpha_mean)
+    close(script.multiplier(duals.alpha_stddev), acme.alpha_stddev)
+    close(script.e_step_weights(q, acme.temperature[0]), acme.weights_q_only, atol=1e-30)
+    loss = script.temperature_loss(acme.temperature[0], q, args.epsilon)
+    close(loss, acme.temperature_loss_q_only[0])
+
+    def m_step(actor, weights):
+        return script.actor_loss(actor, target, None, actions, weights, args)
+
+    def dual_step(duals, kls):
+        return script.dual_loss(duals, actions, q, kls, args)
+
+    @jax.jit
+    def both(actor, duals):
+        weights, metrics = script.e_step(actions, q, duals, args)
+        actor_loss, gradient = jax.value_and_grad(m_step, has_aux=True)(actor, weights)
+        kls, _ = actor_loss[1]
+        dual_loss, dual_gradient = jax.value_and_grad(dual_step, has_aux=True)(duals, kls)
+        return metrics, kls, actor_loss[0] + dual_loss[0], gradient, dual_gradient
+
+    metrics, kls, loss, gradient, dual_gradient = both(actor, duals)
+    close(metrics["kl_weights_rel"], acme.kl_q_rel)
+    close(np.squeeze(kls[0] / args.epsilon_mean), np.squeeze(acme.kl_mean_rel))
+    close(np.squeeze(kls[1] / args.epsilon_stddev), np.squeeze(acme.kl_stddev_rel))
+    close(loss, acme.total_loss)
+    assert_close(gradient, (acme.grad_online_mean, acme.grad_online_stddev), rtol=1e-4)
+    close(dual_gradient.temperature, acme.grad_raw_temperature[0])
+    close(dual_gradient.alpha_mean, acme.grad_raw_alpha_mean)
+    close(dual_gradient.alpha_stddev, acme.grad_raw_alpha_stddev)
+    if penalty:
+        close(dual_gradient.penalty_temperature, acme.grad_raw_penalty_temperature[0])
+
+
+# --- the temperature ------------------------------------------------------------------------------
+
+FAMILIES = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "heavy tails": lambda rng, shape: rng.standard_t(2, size=shape),
+    "two values": lambda rng, shape: rng.integers(0, 2, shape).astype(float),
+    "one good action": lambda rng, shape: np.eye(shape[0])[:, :1] * np.ones(shape),
+    "smooth": lambda rng, shape: -np.square(rng.normal(size=shape) + rng.normal(size=shape[1])),
+    "some states constant": lambda rng, shape: rng.normal(size=shape) * (rng.random(shape[1]) < 0.2),
+    "an outlier": lambda rng, shape: rng.normal(size=shape) + 1e4 * np.eye(*shape),
+    "a large state": lambda rng, shape: rng.normal(size=shape) * (1 + 1e6 * np.eye(1, shape[1])),
+    "constant": lambda rng, shape: np.zeros(shape),
+}  # fmt: skip
+
+
+@st.composite
+def problems(draw):
+    """Q-values [N, B] and a bound."""
+    shape = draw(st.sampled_from([(1, 7), (2, 1), (2, 7), (20, 7), (20, 256), (64, 3)]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    q = FAMILIES[draw(st.sampled_from(list(FAMILIES)))](rng, shape)
+    q = q * np.exp(draw(st.floats(0, 4)) * rng.normal(size=shape[1]))  # states of unequal size
+    q = q * 10 ** draw(st.floats(-6, 6)) + draw(st.sampled_from([0, 1, 50])) * rng.normal()
+    return np.float32(q), np.exp(draw(st.floats(np.log(1e-3), np.log(2))))
+
+
+def solution(q, epsilon) -> float | None:
+    """The temperature at which the KL is epsilon, in float64; None if there is none."""
+    q = np.float64(q)
+    scale = np.ptp(q, axis=0).max()
+
+    def excess(x):
+        return attained_kl(q, scale * np.exp(x)) - epsilon
+
+    lowest = np.log(1e-10)
+    if scale == 0 or excess(lowest) <= 0:
+        return None
+    return scale * np.exp(optimize.brentq(excess, lowest, 30, xtol=1e-12, rtol=1e-12))
+
+
+@pytest.mark.backends("dmc")
+def test_newton_finds_the_temperature_at_every_scale(script):
+    """At most 3e-4 off in the attained KL; with no solution, the greediest weights."""
+    binding = []
+
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @given(problems())
+    def check(problem):
+        q, epsilon = problem
+        temperature, expected = newton(script, q, epsilon), solution(q, epsilon)
+        assert np.isfinite(temperature) and temperature > 0
+        weights = np.float64(jitted(script.e_step_weights)(q, np.float32(temperature)))
+        assert np.isfinite(weights).all()
+        binding.append(expected is not None)
+        if binding[-1]:
+            assert attained_kl(q, temperature) == pytest.approx(epsilon, rel=3e-4)
+            return
+        scale = np.ptp(np.float64(q), axis=0).max()
+        assert attained_kl(q, temperature) <= epsilon * (1 + 3e-4)
+        assert temperature <= max(1e-9 * scale, 1e-20)
+
+    check()
+    assert 0.3 < np.mean(binding) < 0.9  # both kinds were there
+
+
+@pytest.mark.backends("dmc")
+@pytest.mark.parametrize("family", ["normal", "heavy tails", "smooth", "an outlier"])
+def test_slsqp_agrees_with_newton(script, family):
+    """At every scale, to a hundredth of the attained KL."""
+    rng = np.random.default_rng(0)
+    slsqp = jax.jit(lambda q: script.slsqp_temperature(q, EPSILON))
+    for exponent in (-6, -3, 0, 3, 6):
+        q = np.float32(FAMILIES[family](rng, (20, 64)) * 10.0**exponent)
+        kl = attained_kl(q, float(slsqp(q)))
+        assert kl == pytest.approx(attained_kl(q, newton(script, q)), rel=1e-2)
+    constant = np.ones((20, 64), np.float32)
+    np.testing.assert_allclose(script.e_step_weights(constant, slsqp(constant)), 1 / 20, rtol=1e-6)
+
+
+@pytest.mark.backends("dmc")
+def test_every_solver_runs_within_map_and_vmap(script):
+    """As `learn` calls it for several seeds, on CPUs and elsewhere; SLSQP traces once."""
+    q = np.stack([np.float32(normal_q(seed=seed) * 10**seed) for seed in range(3)])
+    for solver in (script.newton_temperature, script.slsqp_temperature):
+        solve = partial(solver, epsilon=EPSILON)
+        alone = [float(jax.jit(solve)(x)) for x in q]
+        traces = script.dual_and_slope._cache_size()
+        for together in (jax.vmap(solve), partial(jax.lax.map, solve)):
+            np.testing.assert_allclose(jax.jit(together)(q), alone, rtol=1e-4)
+        assert script.dual_and_slope._cache_size() == traces
+
+
+def test_the_mean_kl_of_the_weights_is_the_bound(script):
+    """Weights sum to 1, and order actions as their values do (P1)."""
+    q = normal_q()
+    weights, metrics = compiled(script.e_step)(
+        jnp.zeros((20, 64, ACT)), jnp.float32(q),
+        script.Duals(None, None, None, None), args=mpo_args(script, action_penalty=False),
+    )  # fmt: skip
+    np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
+    assert_equal(np.argsort(weights, axis=0), np.argsort(np.float32(q), axis=0))
+    np.testing.assert_allclose(metrics["kl_weights_rel"], 1, rtol=1e-3)
+    entropy = -special.xlogy(weights, weights).sum(axis=0).mean()
+    np.testing.assert_allclose(metrics["effective_samples"], np.exp(entropy), rtol=1e-4)
+    np.testing.assert_allclose(metrics["temperature"], newton(script, q), rtol=1e-5)
+
+
+def test_the_temperature_minimises_the_convex_dual(script):
+    """In float64, and without the formula of the KL (P2)."""
+    q = normal_q()
+    best = newton(script, q)
+    for factor in (1 - 1e-3, 1 + 1e-3):
+        assert dual(q, best * factor, EPSILON) > dual(q, best, EPSILON)
+    temperatures = best * np.linspace(0.1, 10, 50)
+    values = np.array([dual(q, x, EPSILON) for x in temperatures])
+    assert (np.diff(values, n=2) >= 0).all()
+    ours = [script.temperature_loss(x, jnp.float32(q), EPSILON) for x in temperatures]
+    np.testing.assert_allclose(ours, values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("samples, ratio", [(2, 1.059947), (20, 0.724863), (64, 0.521666)])
+def test_the_temperature_of_one_good_action(script, samples, ratio):
+    """p log(N p) + (1 - p) log(N (1 - p) / (N - 1)) = epsilon for its weight p (P3)."""
+    for gap in (1e-3, 1.0, 1e3):
+        q = np.zeros((samples, BATCH))
+        q[0] = gap
+        np.testing.assert_allclose(newton(script, q), ratio * gap, rtol=1e-5)
+
+
+def test_the_temperature_of_gaussian_values(script):
+    """With many samples it is their deviation over sqrt(2 epsilon) (P3)."""
+    q = 3 * normal_q(samples=10_007, states=BATCH)
+    np.testing.assert_allclose(newton(script, q), 3 / np.sqrt(2 * EPSILON), rtol=0.02)
+
+
+def test_the_temperature_scales_with_the_values_and_ignores_all_else(script):
+    """Shifts of states, the order of samples and of states, and repetition (P4)."""
+    q, rng = normal_q(), np.random.default_rng(1)
+    temperature = newton(script, q)
+    for scale in (1e-6, 1e4):
+        np.testing.assert_allclose(newton(script, scale * q), scale * temperature, rtol=1e-5)
+    for other in (
+        q + 10 * rng.normal(size=64),
+        rng.permutation(q),
+        q[:, rng.permutation(64)],
+        np.repeat(q, 3, axis=0),
+    ):
+        np.testing.assert_allclose(newton(script, other), temperature, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "q, epsilon",
+    [
+        (np.full((20, BATCH), 50.0), EPSILON),
+        (normal_q(samples=1), EPSILON),
+        (normal_q(samples=20), np.log(20) + 0.01),
+        (normal_q() * (np.arange(64) < 1), EPSILON),  # 1 of 64 states is worth at most 0.047
+    ],
+    ids=["constant", "one sample", "loose", "few states"],
+)
+def test_weights_are_greedy_where_the_bound_cannot_be_reached(script, q, epsilon):
+    """Uniform over the best actions of every state (P5)."""
+    q = np.float32(q)
+    weights = script.e_step_weights(q, jnp.float32(newton(script, q, epsilon)))
+    best = q == q.max(axis=0)
+    np.testing.assert_allclose(weights, best / best.sum(axis=0), atol=1e-6)
+
+
+def test_the_improved_policy_is_better_in_every_state(script):
+    """Unless all of its actions are equally good (P12)."""
+    q = np.float32(normal_q(states=BATCH))
+    q[:, 0] = 3
+    gain = (np.asarray(script.e_step_weights(q, newton(script, q))) * q).sum(axis=0) - q.mean(axis=0)
+    assert (gain[1:] > 1e-3).all()
+    np.testing.assert_allclose(gain[0], 0, atol=1e-6)
+
+
+def test_the_gradient_solver_weighs_by_the_temperature_before_its_step(script):
+    args = linear_args(
+        script, temperature_solver="gradient", temperature=3.0, action_samples=SAMPLES
+    )
+    state, batch = init(script, args), random_batch(script)
+    np.testing.assert_allclose(script.multiplier(state.duals.temperature), 3, rtol=1e-5)
+    new, metrics = compiled(script.update)(state, batch, args=args)
+    np.testing.assert_allclose(metrics["temperature"], 3, rtol=1e-5)
+    for name in ("temperature", "penalty_temperature"):
+        step = np.abs(getattr(new.duals, name) - getattr(state.duals, name))
+        np.testing.assert_allclose(step, args.dual_lr, rtol=1e-3)
+
+
+def test_the_gradient_solver_ends_where_newton_is(script):
+    """Adam on the dual of unchanging values."""
+    q = jnp.float32(normal_q())
+    loss = jax.grad(lambda x: script.temperature_loss(script.multiplier(x), q, EPSILON))
+    x = optimize.brentq(lambda x: float(jitted(loss)(x)), -2, 10, xtol=1e-4)
+    np.testing.assert_allclose(script.multiplier(x), newton(script, q), rtol=1e-3)
+
+
+def test_only_temperatures_that_take_steps_are_state(script):
+    for solver, penalty in (("newton", True), ("gradient", False), ("gradient", True)):
+        args = mpo_args(script, temperature_solver=solver, action_penalty=penalty)
+        duals = jax.eval_shape(lambda: script.init(np.arange(1), OBS, ACT, args)).duals  # noqa: B023
+        assert (duals.temperature is not None) == (solver == "gradient")
+        assert (duals.penalty_temperature is not None) == (solver == "gradient" and penalty)
+
+
+# --- the penalty ----------------------------------------------------------------------------------
+
+
+def test_the_penalty_is_the_distance_from_the_box(script):
+    actions = jnp.array([[[0.5, -1.0, 1.0], [1.3, 0.0, -1.4], [-3.0, 0.0, 0.0]]])
+    np.testing.assert_allclose(script.penalty(actions)[0], [0, -0.5, -2], atol=1e-6)
+
+
+def test_penalty_weights_tell_actions_outside_the_box_from_those_inside(script):
+    """Nothing outside: uniform; an action outside weighs less than the rest (P11)."""
+    rng = np.random.default_rng(0)
+    inside = jnp.float32(rng.uniform(-1, 1, (SAMPLES, BATCH, ACT)))
+    outside = inside.at[2, 3, 1].set(1.5)
+    args = mpo_args(script)
+    duals, q = script.Duals(None, None, None, None), jnp.zeros((SAMPLES, BATCH))
+    for actions in (inside, outside):
+        weights, metrics = script.e_step(actions, q, duals, args)
+        np.testing.assert_allclose(weights.sum(axis=0), 2, rtol=1e-5)
+        penalty_weights = np.asarray(weights) - 1 / SAMPLES  # those of equal values are uniform
+        expected = np.full((SAMPLES, BATCH), 1 / SAMPLES)
+        if actions is outside:
+            assert penalty_weights[2, 3] < 1 / SAMPLES - 1e-3
+            np.testing.assert_allclose(metrics["kl_penalty_rel"], 1, rtol=1e-3)
+            expected[:, 3] = penalty_weights[:, 3]
+        np.testing.assert_allclose(penalty_weights, expected, atol=1e-6)
+    weights, metrics = script.e_step(outside, q, duals, mpo_args(script, action_penalty=False))
+    np.testing.assert_allclose(weights, 1 / SAMPLES, rtol=1e-6)
+    assert "kl_penalty_rel" not in metrics
+
+
+# --- divergences and densities --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stddev", [0.03, 0.3, 1.0])
+def test_the_kl_of_gaussians_is_the_expected_log_ratio(script, stddev):
+    """By Monte Carlo, in every dimension (P7)."""
+    old = np.array([0.1, -0.2, 0.5]), stddev * np.array([1.0, 1.2, 0.8])
+    new = old[0] + stddev * np.array([0.2, 0.0, -0.5]), old[1] * np.array([1.0, 1.3, 0.6])
+    x = np.random.default_rng(0).normal(*old, size=(1_000_003, 3))
+    ratio = stats.norm.logpdf(x, *old) - stats.norm.logpdf(x, *new)
+    error = ratio.std(axis=0) / np.sqrt(len(x))
+    kl = np.asarray(script.kl_normal(*(jnp.float32(x) for x in (*old, *new))))
+    assert (np.abs(kl - ratio.mean(axis=0)) <= 4 * error + 1e-9).all()
+    zero = script.kl_normal(*(jnp.float32(x) for x in (*old, *old)))
+    assert_equal(zero, np.zeros(3))
+
+
+def test_the_kl_of_small_steps_is_accurate(script):
+    """A change of 1 % in the deviation is 9.83e-5, one of 0.1 % the default bound of 1e-6."""
+    stddev = jnp.float32([0.03, 0.3, 1.0])
+    for change, rtol in ((0.01, 1e-4), (0.001, 2e-3)):
+        d = np.log1p(change)
+        kl = script.kl_normal(stddev, stddev, stddev, stddev * jnp.float32(1 + change))
+        np.testing.assert_allclose(kl, d + np.expm1(-2 * d) / 2, rtol=rtol)
+    np.testing.assert_allclose(np.log1p(0.01) + np.expm1(-2 * np.log1p(0.01)) / 2, 9.83e-5, rtol=1e-3)
+    move = script.kl_normal(stddev, stddev, stddev + 0.01, stddev)
+    np.testing.assert_allclose(move, (0.01 / stddev) ** 2 / 2, rtol=1e-4)
+
+
+def test_the_decoupled_kls_are_the_joint_one_to_second_order(script):
+    """Their difference is of third order in the step (P7)."""
+    mean, stddev = jnp.zeros(ACT), jnp.full(ACT, 0.5)
+    differences = []
+    for step in (0.2, 0.1):
+        new = mean + step * stddev, stddev * (1 + step)
+        joint = script.kl_normal(mean, stddev, *new)
+        parts = script.kl_normal(mean, stddev, new[0], stddev)
+        parts += script.kl_normal(mean, stddev, mean, new[1])
+        differences.append(np.abs(joint - parts).max())
+    assert 6 < differences[0] / differences[1] < 10
+
+
+def test_the_log_density_is_summed_over_action_dimensions(script):
+    rng = np.random.default_rng(0)
+    actions = rng.normal(size=(SAMPLES, BATCH, ACT))
+    mean, stddev = rng.normal(size=(BATCH, ACT)), rng.uniform(0.1, 2, (BATCH, ACT))
+    ours = script.log_prob(*(jnp.float32(x) for x in (actions, mean, stddev)))
+    expected = stats.norm.logpdf(actions, mean, stddev).sum(axis=-1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- the M-step -----------------------------------------------------------------------------------
+
+
+def m_step_problem(script, seed=0, **changes):
+    """Flags, the state of a free policy, sampled actions and weights of mass 2."""
+    rng = np.random.default_rng(seed)
+    old = rng.uniform(-0.5, 0.5, (BATCH, ACT)), rng.uniform(0.2, 0.8, (BATCH, ACT))
+    actions = old[0] + old[1] * rng.normal(size=(SAMPLES, BATCH, ACT))
+    weights = 2 * rng.dirichlet(np.ones(SAMPLES), BATCH).T
+    args = mpo_args(script, **changes)
+    constraints = ACT if args.per_dim_constraining else 1
+    duals = script.Duals(
+        None, None, jnp.linspace(-1, 1, constraints), jnp.linspace(1, 2, constraints)
+    )
+    state = SimpleNamespace(target_actor=jax.tree.map(jnp.float32, old), duals=duals)
+    return args, state, jnp.float32(actions), jnp.float32(weights)
+
+
+def m_step_gradient(script, args, state, actions, weights, actor):
+    gradient = jax.grad(script.actor_loss, has_aux=True)
+    return gradient(actor, state, None, actions, weights, args)[0]
+
+
+@pytest.mark.parametrize("per_dim", [True, False])
+def test_the_m_step_is_weighted_likelihood_and_weighted_kls(script, monkeypatch, per_dim):
+    """Its gradient, by finite differences of a loss with densities of SciPy (P8)."""
+    free_policy(monkeypatch, script)
+    args, state, actions, weights = m_step_problem(script, per_dim_constraining=per_dim)
+    old_mean, old_stddev = float64(state.target_actor)
+    u, w = float64(actions), float64(weights)
+    alpha_mean, alpha_stddev = (np.log1p(np.exp(float64(x))) for x in state.duals[2:])
+    rng = np.random.default_rng(1)
+    actor = (
+        jnp.float32(old_mean + 0.1 * rng.normal(size=old_mean.shape)),
+        jnp.float32(old_stddev * np.exp(0.2 * rng.normal(size=old_mean.shape))),
+    )
+
+    def loss(actor):
+        mean, stddev = actor
+        fit = stats.norm.logpdf(u, mean, old_stddev) + stats.norm.logpdf(u, old_mean, stddev)
+        kl_mean = (mean - old_mean) ** 2 / (2 * old_stddev**2)
+        kl_stddev = np.log(stddev / old_stddev) + old_stddev**2 / (2 * stddev**2) - 0.5
+        kls = (alpha_mean * kl_mean).sum(axis=1) + (alpha_stddev * kl_stddev).sum(axis=1)
+        return (kls - (w * fit.sum(axis=2)).sum(axis=0)).mean()
+
+    ours = m_step_gradient(script, args, state, actions, weights, actor)
+    assert_close(ours, finite_differences(loss, actor), rtol=2e-4)
+    value, _ = script.actor_loss(actor, state, None, actions, weights, args)
+    np.testing.assert_allclose(value, loss(float64(actor)), rtol=1e-5)
+
+
+def test_the_m_step_at_the_target_policy(script, monkeypatch):
+    """There the KLs are level, and the gradient is the weighted score (P8)."""
+    free_policy(monkeypatch, script)
+    args, state, actions, weights = m_step_problem(script)
+    mean, stddev = state.target_actor
+    by_mean, by_stddev = m_step_gradient(script, args, state, actions, weights, state.target_actor)
+    w, move = weights[..., None], actions - mean[None]
+    expected = -(w * move).sum(axis=0) / stddev**2 / BATCH
+    assert_close(by_mean, expected, rtol=1e-4)
+    expected = (2 - (w * move**2).sum(axis=0) / stddev**2) / BATCH
+    assert_close(by_stddev * stddev, expected, rtol=1e-4)
+
+
+def descend(loss, params, steps, learning_rate):
+    """Adam, with all of its steps in one call."""
+    import optax
+
+    def step(carry, rate):
+        params, opt_state = carry
+        updates, opt_state = optax.adam(1.0).update(jax.grad(loss)(params), opt_state)
+        params = jax.tree.map(lambda x, y: x + rate * y, params, updates)
+        return (params, opt_state), None
+
+    rates = learning_rate * jnp.linspace(1, 0, steps)
+    carry = params, optax.adam(1.0).init(params)
+    return jax.jit(lambda x: jax.lax.scan(step, x, rates)[0][0])(carry)
+
+
+def test_the_m_step_ends_between_the_target_policy_and_the_samples(script, monkeypatch):
+    """The closed form for a free policy and fixed multipliers (P9)."""
+    free_policy(monkeypatch, script)
+    args, state, actions, weights = m_step_problem(script)
+    mean, stddev = descend(
+        lambda p: script.actor_loss(p, state, None, actions, weights, args)[0],
+        state.target_actor, steps=4000, learning_rate=3e-3,
+    )  # fmt: skip
+    old_mean, old_stddev = float64(state.target_actor)
+    u, w = float64(actions), float64(weights)[..., None] / 2
+    alpha_mean, alpha_stddev = (np.log1p(np.exp(float64(x))) / 2 for x in state.duals[2:])
+    expected = ((w * u).sum(axis=0) + alpha_mean * old_mean) / (1 + alpha_mean)
+    np.testing.assert_allclose(mean, expected, atol=1e-4)
+    spread = (w * (u - old_mean) ** 2).sum(axis=0)
+    expected = np.sqrt((spread + alpha_stddev * old_stddev**2) / (1 + alpha_stddev))
+    np.testing.assert_allclose(stddev, expected, atol=1e-4)
+
+
+def test_multipliers_settle_where_the_kl_is_its_bound(script, monkeypatch):
+    """One state, a free mean and its multiplier, learned together (P9)."""
+    free_policy(monkeypatch, script)
+    old_mean, old_stddev, epsilon = 0.3, 0.4, 2.5e-3
+    args = mpo_args(script, epsilon_mean=epsilon, epsilon_stddev=1.0, action_penalty=False)
+    rng = np.random.default_rng(0)
+    actions = jnp.float32(old_mean + old_stddev * rng.normal(size=(SAMPLES, 1, 1)))
+    weights = jnp.float32(rng.dirichlet(np.ones(SAMPLES))[:, None])
+    old = jnp.full((1, 1), old_mean), jnp.full((1, 1), old_stddev)
+
+    def step(carry, _):
+        actor, duals, actor_opt, duals_opt = carry
+        state = SimpleNamespace(target_actor=old, duals=duals)
+        actor, actor_opt, (kls, metrics) = script.gradient_step(
+            lambda p: script.actor_loss(p, state, None, actions, weights, args),
+            actor, actor_opt, 1e-3,
+        )  # fmt: skip
+        duals, duals_opt, metrics = script.gradient_step(
+            lambda p: script.dual_loss(p, actions, None, kls, args), duals, duals_opt, 1e-2
+        )
+        return (actor, duals, actor_opt, duals_opt), metrics
+
+    import optax
+
+    duals = script.Duals(None, None, jnp.zeros(1), jnp.zeros(1))
+    carry = old, duals, optax.adam(1.0).init(old), optax.adam(1.0).init(duals)
+    _, metrics = jax.jit(lambda x: jax.lax.scan(step, x, length=8000))(carry)
+    best = (np.asarray(weights) * np.asarray(actions)[..., 0]).sum()
+    expected = abs(best - old_mean) / (old_stddev * np.sqrt(2 * epsilon)) - 1
+    assert expected > 0.5
+    np.testing.assert_allclose(metrics["kl_mean_rel"][-2000:].mean(), 1, rtol=0.03)
+    np.testing.assert_allclose(metrics["alpha_mean"][-2000:].mean(), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("per_dim", [True, False])
+def test_a_multiplier_rises_while_its_kl_is_above_the_bound(script, per_dim):
+    """And falls while it is below, each by itself, and never below 0 (P10)."""
+    args = mpo_args(script, per_dim_constraining=per_dim, action_penalty=False)
+    duals = init(script, args).duals
+    constraints = ACT if per_dim else 1
+    assert duals.alpha_mean.shape == duals.alpha_stddev.shape == (constraints,)
+    np.testing.assert_allclose(script.multiplier(duals.alpha_mean), args.alpha_mean, rtol=1e-5)
+    np.testing.assert_allclose(script.multiplier(duals.alpha_stddev), args.alpha_stddev, rtol=1e-5)
+    direction = np.array([1.0, -1, 1])[:constraints]
+    kls = (
+        args.epsilon_mean * jnp.float32(1 + 0.5 * direction),
+        args.epsilon_stddev * jnp.float32(1 - 0.5 * direction),
+    )
+    gradient, metrics = jax.grad(script.dual_loss, has_aux=True)(duals, None, None, kls, args)
+    assert_equal(np.sign(-gradient.alpha_mean), direction)
+    assert_equal(np.sign(-gradient.alpha_stddev), -direction)
+    np.testing.assert_allclose(metrics["kl_mean_rel"], np.mean(1 + 0.5 * direction), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl_mean_rel_max"], 1.5, rtol=1e-5)
+    assert (script.multiplier(jnp.array([-1e3, -18.0, 0.0, 1e3])) > 0).all()
+
+
+def test_dual_variables_stay_where_they_can_come_back_from(script):
+    args = mpo_args(script, dual_lr=1.0)
+    state = init(script, args)
+    low = jax.tree.map(lambda x: jnp.full(x.shape, -17.99), state.duals)
+    new, _ = compiled(script.update)(state._replace(duals=low), random_batch(script), args=args)
+    assert_equal(new.duals, jax.tree.map(lambda x: jnp.full(x.shape, -18.0), low))
+
+
+# --- the policy and acting ------------------------------------------------------------------------
+
+
+def test_the_first_policy_is_wide_and_central(script):
+    args = mpo_args(script, initial_stddev=0.3)
+    obs = jnp.float32(np.random.default_rng(0).normal(size=(BATCH, OBS)))
+    mean, stddev = script.policy(init(script, args).actor, obs, args)
+    np.testing.assert_allclose(mean, 0, atol=0.05)
+    np.testing.assert_allclose(stddev, 0.3, rtol=0.05)
+
+
+def test_greedy_actions_are_the_clipped_mean(script):
+    args = linear_args(script)
+    state = jax.tree.map(lambda x: x[None], init(script, args))
+    state = state._replace(
+        actor=jax.tree.map(lambda x: x[None], gaussian_actor([0.3, 1.7, -2.0], 0.5, args))
+    )
+    action = script.act(state, np.zeros((1, BATCH, OBS), np.float32), args)
+    np.testing.assert_allclose(action[0], np.tile([0.3, 1, -1], (BATCH, 1)), rtol=1e-6)
+
+
+def test_exploring_samples_the_gaussian_and_clips_it(script):
+    args, seeds = linear_args(script), 5_003
+    mean, stddev = np.array([0.0, 0.9, -0.5]), np.array([0.2, 0.5, 0.05])
+    state = init(script, args)._replace(actor=gaussian_actor(mean, stddev, args))
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, *x.shape)), state)
+    state = state._replace(key=jax.random.split(jax.random.key(0), seeds))
+    action, _ = script.explore(state, np.zeros((seeds, OBS), np.float32), args)
+    assert np.abs(action).max() == 1
+    probabilities = np.array([0.05, 0.3, 0.5])
+    for i in range(ACT):
+        expected = np.clip(stats.norm.ppf(probabilities, mean[i], stddev[i]), -1, 1)
+        np.testing.assert_allclose(
+            np.quantile(action[:, i], probabilities), expected, atol=0.1 * stddev[i]
+        )
+
+
+# --- targets and updates --------------------------------------------------------------------------
+
+
+def next_values(script, state, batch, args, seed=0):
+    """Values [2, N, B] that the target of an update is made of."""
+    key = jax.random.key(seed)
+    actions = script.sample_actions(state.target_actor, batch.next_obs, key, args)
+    return script.sampled_values(state.target_critic, batch.next_obs, actions, args)
+
+
+def test_the_target_is_the_smaller_expected_value(script):
+    args = linear_args(script, gamma=0.9)
+    batch = random_batch(script)
+    next_q = np.random.default_rng(0).normal(size=(2, SAMPLES, BATCH)).astype(np.float32)
+    target = script.td_target(batch, jnp.asarray(next_q), args)
+    smaller = np.minimum(next_q[0].mean(axis=0), next_q[1].mean(axis=0))
+    expected = batch.reward + 0.9 * batch.discount * smaller
+    np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)
+    ended = batch._replace(discount=jnp.zeros(BATCH))
+    assert_equal(script.td_target(ended, 1e6 + jnp.asarray(next_q), args), batch.reward)
+    swapped = script.td_target(batch, jnp.asarray(next_q[::-1]), args)
+    assert_equal(swapped, target)
+
+
+def test_a_constant_reward_is_worth_one_over_one_minus_gamma(script):
+    args = linear_args(script, gamma=0.95, action_samples=SAMPLES)
+    batch = same_observations(script, BATCH)
+
+    def target(value):
+        state = init(script, args)._replace(target_critic=constant_critics(value, value))
+        return script.td_target(batch, next_values(script, state, batch, args), args)[0]
+
+    slope = target(1) - target(0)
+    np.testing.assert_allclose(target(0) / (1 - slope), 20, rtol=1e-4)
+
+
+def test_critics_see_actions_as_the_environment_does(script):
+    """Clipped, not squashed: the value of one dimension is the action itself."""
+    args = linear_args(script)
+    actions = jnp.float32([-3.0, -1.0, 0.76, 1.0, 2.5])[:, None, None] * jnp.ones((1, BATCH, ACT))
+    kernel = np.zeros((2, OBS + ACT, 1))
+    kernel[:, OBS + 1] = 1
+    critic = linear(kernel, np.zeros((2, 1)))
+    values = script.sampled_values(critic, jnp.ones((BATCH, OBS)), actions, args)
+    expected = np.broadcast_to(np.float32([-1, -1, 0.76, 1, 1])[:, None], (2, SAMPLES, BATCH))
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_sampled_actions_are_those_of_the_policy_in_their_state(script):
+    """N for every state, each with noise of its own."""
+    args = linear_args(script, action_samples=10_007)
+    kernel = np.zeros((OBS, 2 * ACT))
+    kernel[0, :ACT] = 1
+    actor = linear(kernel, gaussian_actor(0.1 * np.arange(ACT), 0.5, args)["params"]["head"]["bias"])
+    obs = jnp.arange(2.0)[:, None] * jnp.ones((1, OBS))
+    actions = np.asarray(script.sample_actions(actor, obs, jax.random.key(0), args))
+    assert actions.shape == (10_007, 2, ACT)
+    expected = np.arange(2)[:, None] + 0.1 * np.arange(ACT)
+    np.testing.assert_allclose(actions.mean(axis=0), expected, atol=0.02)
+    np.testing.assert_allclose(actions.std(axis=0), 0.5, rtol=0.03)
+    correlation = np.corrcoef(actions.reshape(len(actions), -1).T)
+    np.testing.assert_allclose(correlation, np.eye(2 * ACT), atol=0.05)
+    mean, stddev = script.policy(actor, obs, args)
+    assert (np.abs(np.asarray(mean)) > 1).any() and (np.abs(actions) > 1).any()
+
+
+def test_an_update_follows_the_target_networks(script, monkeypatch):
+    """The critics descend the error to a fixed target; samples and values are of the targets."""
+    args = mpo_args(script, hidden_width=3)
+    old, batch = init(script, args), random_batch(script)
+    old = old._replace(
+        actor=perturbed(old.actor, seed=1), critic=perturbed(old.critic, seed=2),
+        target_actor=perturbed(old.actor, seed=3), target_critic=perturbed(old.critic, seed=4),
+    )  # fmt: skip
+    noise = np.random.default_rng(0).normal(size=(SAMPLES, BATCH, ACT))
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.float32(noise).reshape(shape))
+    new, metrics = jax.jit(lambda *x: script.update(*x, args))(old, batch)
+
+    obs, action, reward, discount, next_obs = float64(batch)
+    out = oracles.mlp(float64(old.target_actor), next_obs)
+    mean, spread = out[:, :ACT], out[:, ACT:]
+    u = mean + (args.initial_stddev / np.log(2) * np.log1p(np.exp(spread)) + 1e-6) * noise
+    next_q = np.stack(
+        [
+            oracles.q_values(float64(old.target_critic), next_obs, np.clip(x, -1, 1), args)
+            for x in u
+        ],
+        axis=1,
+    )
+    target = reward + args.gamma * discount * next_q.mean(axis=1).min(axis=0)
+
+    def loss(critic):
+        return np.square(oracles.q_values(critic, obs, action, args) - target).mean(axis=1).sum()
+
+    assert_close(descended(new.critic_opt), finite_differences(loss, old.critic), rtol=1e-4)
+    temperature = solution(next_q.mean(axis=0), args.epsilon)
+    np.testing.assert_allclose(metrics["temperature"], temperature, rtol=1e-4)
+
+    # The M-step, with weights made of these values and samples, at the states of these samples.
+    q, cost = next_q.mean(axis=0), -np.linalg.norm(u - np.clip(u, -1, 1), axis=-1)
+    weights = special.softmax(q / temperature, axis=0)
+    weights += special.softmax(cost / solution(cost, args.epsilon_penalty), axis=0)
+    moving, _ = jax.grad(script.actor_loss, has_aux=True)(
+        old.actor, old, batch.next_obs, jnp.float32(u), jnp.float32(weights), args
+    )
+    assert_close(descended(new.actor_opt), moving, rtol=1e-3)
+
+
+def test_targets_are_copies_every_period(script):
+    args = mpo_args(script, target_network_frequency=3)
+    state, batch = init(script, args), random_batch(script)
+    for number in range(1, 7):
+        old, (state, _) = state, compiled(script.update)(state, batch, args=args)
+        for name in ("actor", "critic"):
+            target, online = getattr(state, f"target_{name}"), getattr(state, name)
+            assert moved(online, getattr(old, name))
+            if number % 3 == 0:
+                assert_equal(target, online)
+            else:
+                assert_equal(target, getattr(old, f"target_{name}"))
+        assert moved(state.duals, old.duals)
+
+
+def test_losses_and_metrics_are_scalar(script):
+    for solver in ("newton", "slsqp", "gradient"):
+        args = mpo_args(script, temperature_solver=solver)
+        state = init(script, args)
+        new, metrics = jax.eval_shape(lambda s, b: script.update(s, b, args), state, random_batch(script))
+        assert {x.shape for x in metrics.values()} == {()}
+        shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+        assert shapes(new) == shapes(state)
+
+
+@pytest.mark.backends("dmc")
+def test_solvers_share_an_update(script):
+    """Newton's and SLSQP's temperatures lead to the same step; SLSQP is traced once for both."""
+    batch = random_batch(script)
+    results = []
+    for solver in ("newton", "slsqp"):
+        args = mpo_args(script, temperature_solver=solver)
+        state = init(script, args)
+        before = script.dual_and_slope._cache_size()
+        for _ in range(3):
+            state, metrics = compiled(script.update)(state, batch, args=args)
+        results.append((state.actor, metrics))
+        traced = script.dual_and_slope._cache_size() - before
+    assert traced == 1
+    for name, value in results[0][1].items():
+        np.testing.assert_allclose(results[1][1][name], value, rtol=2e-2, err_msg=name)

@@ -1,0 +1,81 @@
+"""Two problems with a known best policy, which every script's own `update` has to find.
+
+Siblings share the text of their learning (a test compares it), so one backend is enough.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_args
+from oracles import step_sizes
+from scipy import linalg
+
+pytestmark = [pytest.mark.backends("gym"), pytest.mark.algorithms("td3", "sac")]
+
+GAMMA, BATCH, UPDATES = 0.95, 128, 3000
+STATES = np.linspace(-0.6, 0.6, 25)  # where the regulator's best action is inside the box
+TUNED = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
+
+
+def solve(script, problem, seed: int = 0, **flags):
+    """The state after learning from transitions `problem(state, action)`, drawn afresh."""
+    rates = step_sizes(script, actor=1e-3, critic=1e-3, alpha=1e-3)
+    args = small_args(script, layer_norm=False, normalize_obs=False, gamma=GAMMA, **rates, **flags)
+
+    def improve(state, key):
+        state_key, action_key = jax.random.split(key)
+        obs = jax.random.uniform(state_key, (BATCH, 1), minval=-1.5, maxval=1.5)
+        action = jax.random.uniform(action_key, (BATCH, 1), minval=-1, maxval=1)
+        reward, discount, next_obs = problem(obs[:, 0], action[:, 0])
+        discount = jnp.full(BATCH, discount)
+        batch = script.Batch(obs, action, reward, discount, next_obs[:, None])
+        return script.update(state, batch, args)[0], None
+
+    def learn(state, key):
+        return jax.lax.scan(improve, state, jax.random.split(key, UPDATES))[0]
+
+    state = jax.tree.map(lambda x: x[0], script.init(np.array([seed]), 1, 1, args))
+    state = jax.jit(learn, compiler_options=TUNED)(state, jax.random.key(100 + seed))
+    return jax.tree.map(lambda x: x[None], state), args
+
+
+def worst_action(script, state, args, best) -> float:
+    """The largest distance of greedy actions from the best ones."""
+    action = script.act(state, np.float32(STATES)[None, :, None], args)[0, :, 0]
+    return np.abs(action - best(STATES)).max()
+
+
+def entropy_flags(script) -> dict:
+    """SAC's policy may keep a deviation of about 0.03, as TD3's has none."""
+    return {} if script.algorithm == "td3" else dict(target_entropy_scale=2.0)
+
+
+def test_contextual_bandit(script):
+    def best(obs):
+        return 0.5 * np.sin(2 * obs)
+
+    def problem(obs, action):
+        return -jnp.square(action - 0.5 * jnp.sin(2 * obs)), 0.0, obs
+
+    state, args = solve(script, problem, **entropy_flags(script))
+    assert worst_action(script, state, args, best) < 0.15
+
+
+def test_linear_quadratic_regulator(script):
+    a, b, cost = 0.9, 0.5, 0.1
+    discounted = np.sqrt(GAMMA) * np.array([[[a]], [[b]]])
+    value = linalg.solve_discrete_are(*discounted, np.eye(1), cost * np.eye(1)).item()
+    gain = GAMMA * a * b * value / (cost + GAMMA * b**2 * value)
+    np.testing.assert_allclose([value, gain], [1.24197, 1.34427], rtol=1e-5)
+
+    def problem(obs, action):
+        return -(jnp.square(obs) + cost * jnp.square(action)), 1.0, a * obs + b * action
+
+    state, args = solve(script, problem, **entropy_flags(script))
+    assert worst_action(script, state, args, lambda obs: -gain * obs) < 0.15
+    if script.algorithm == "td3":  # at rest nothing is lost; SAC adds the worth of its entropy
+        critic = jax.tree.map(lambda x: x[0], state.critic)
+        assert (
+            np.abs(script.q_values(critic, jnp.zeros((1, 1)), jnp.zeros((1, 1)), args)).max() < 0.1
+        )
