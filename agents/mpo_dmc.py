@@ -1,0 +1,842 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#   "jax>=0.6", "jaxlib>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.0", "scipy>=1.14",
+#   "dm_control>=1.0.30", "mujoco>=3.3.2,<4", "gymnasium>=1.3", "tyro>=0.9.20",
+#   "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
+# ]
+# ///
+"""Maximum a Posteriori Policy Optimisation on the DeepMind Control Suite, in one file.
+
+Abdolmaleki et al., "Maximum a Posteriori Policy Optimisation", arXiv:1806.06920v1, with the
+decoupled M-step of "Relative Entropy Regularized Policy Iteration", arXiv:1812.02256v1.
+
+    python mpo_dmc.py --env-id cartpole-swingup --total-timesteps 250000
+
+Departs: the temperature is solved for exactly (--temperature-solver gradient), the M-step is
+bounded per action dimension (--no-per-dim-constraining), actions are clipped and sampled ones
+beyond [-1, 1] penalised (--no-action-penalty); twin critics with LayerNorm (--no-layer-norm),
+observations normalised by running moments (--no-normalize-obs).
+"""
+
+import dataclasses
+import datetime
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from scipy import optimize
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Params = Any  # a tree of Flax parameters
+
+
+def whole_number(strings: list[str]) -> int:
+    """`["1e6"]` -> 1000000; tyro reports the ValueError of a fraction together with its flag."""
+    if float(strings[0]) != int(float(strings[0])):
+        raise ValueError(f"{strings[0]} is not a whole number")
+    return int(float(strings[0]))
+
+
+Int = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        1, "INT", whole_number, lambda value: isinstance(value, int), lambda value: [str(value)]
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """MPO on the DeepMind Control Suite."""
+
+    exp_name: str = "mpo_dmc"  # name of the experiment, part of the run directory's name
+    seed: Int = 0  # first seed; seed k of a group is this plus k
+    num_seeds: Int = 1  # independent seeds trained side by side in this process
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "jax-rl"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
+    run_dir: str | None = None  # a new directory; default runs/{env_id}__{exp_name}__{seed}__{time}
+
+    env_id: str = "cartpole-swingup"  # task of the suite, domain-task
+    total_timesteps: Int = 1_000_000  # environment steps of each seed
+    action_repeat: Int = 1  # environment steps for which an action is held
+    eval_frequency: Int = 5_000  # environment steps between evaluations, 0 for none
+    eval_episodes: Int = 10  # episodes of the greedy policy in an evaluation
+    eval_max_steps: Int = 10_000  # ends evaluation episodes of tasks that have no time limit
+    log_frequency: Int = 1_000  # environment steps between logged losses
+
+    buffer_size: Int = 1_000_000  # transitions kept for replay
+    learning_starts: Int = 5_000  # environment steps of uniformly random actions before learning
+    updates_per_step: Int = 1  # gradient updates for each action
+    batch_size: Int = 256  # transitions in the minibatch of an update
+    gamma: float = 0.99  # discount factor
+    target_network_frequency: Int = 100  # updates between copies of the actor and the critics
+    action_samples: Int = 20  # actions sampled in each state, N
+    hidden_width: Int = 256  # units of a hidden layer
+    hidden_layers: Int = 2  # hidden layers of the actor and of each critic
+    layer_norm: bool = True  # LayerNorm before each activation of the critics
+    normalize_obs: bool = True  # normalise observations by their running mean and variance
+
+    policy_lr: float = 3e-4  # Adam's step size for the actor
+    q_lr: float = 3e-4  # Adam's step size for the critics
+    dual_lr: float = 1e-2  # Adam's step size for the dual variables
+    temperature_solver: Literal["newton", "slsqp", "gradient"] = "newton"  # exact, or steps of Adam
+    temperature: float = 1.0  # the temperatures' start where --temperature-solver is gradient
+    alpha_mean: float = 1.0  # start of the multipliers that hold back the mean
+    alpha_stddev: float = 10.0  # start of the multipliers that hold back the standard deviation
+    epsilon: float = 0.1  # bound on the KL of the weights of sampled actions
+    epsilon_penalty: float = 1e-3  # the same bound for the weights that penalise actions
+    epsilon_mean: float = 2.5e-3  # bound on the KL that moving the policy's mean causes
+    epsilon_stddev: float = 1e-6  # bound on the KL that changing its standard deviation causes
+    per_dim_constraining: bool = True  # bound these for every action dimension, not their sum
+    action_penalty: bool = True  # weigh sampled actions by their distance from [-1, 1], too
+    initial_stddev: float = 0.5  # the policy's standard deviation before the first update
+
+
+def fail(message: str, code: int = 2):
+    """Ends the program with a sentence on stderr; code 2 is bad usage."""
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+# --- environments ---------------------------------------------------------------------------------
+
+
+def wrappers(flag: str):
+    """The module common/dmc_wrappers.py, found beside this file or in the folder above."""
+    for folder in Path(__file__).resolve().parents[:2]:
+        if (path := folder / "common" / "dmc_wrappers.py").exists():
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    fail(f"{flag} needs the file common/dmc_wrappers.py of jax-rl beside this script; copy it too.")
+
+
+def make_env(args: Args, seed: int, video_dir: Path | None):
+    """One task of the suite as a `dm_env.Environment`, in the wrappers that the flags ask for."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
+    try:
+        from dm_control import suite
+    except (ImportError, AttributeError):  # the renderer named by MUJOCO_GL does not work here
+        os.environ["MUJOCO_GL"] = "disable"
+        from dm_control import suite
+
+    tasks = {f"{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+    name = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
+    if name not in tasks:
+        near = ", ".join(difflib.get_close_matches(name, tasks, n=3, cutoff=0.0))
+        fail(f"--env-id {args.env_id} is not a task of the suite; the nearest are {near}.")
+    env = suite.load(*tasks[name], task_kwargs={"random": seed})
+    if args.action_repeat > 1:
+        env = wrappers("--action-repeat").ActionRepeat(env, args.action_repeat)
+    if video_dir:
+        module = wrappers("--capture-video")
+        try:
+            env = module.RecordVideo(env, video_dir)
+        except module.RenderingError as error:
+            print(f"--capture-video is off: {error}", file=sys.stderr)
+    return env
+
+
+class Environments:
+    """N independent environments, stepped in lockstep and reset by hand.
+
+    Observations are float32 [N, O], the ravelled entries of each task's observation. Actions are in
+    [-1, 1] and mapped to the bounds of each dimension here, nowhere else. With `video_dir` the
+    episodes of the first environment are filmed.
+    """
+
+    def __init__(self, args: Args, seeds, video_dir: Path | None = None):
+        self.seeds = [int(seed) for seed in seeds]
+        self.envs = [make_env(args, s, None if i else video_dir) for i, s in enumerate(self.seeds)]
+        spec = self.envs[0].action_spec()
+        self.low, self.high = (np.broadcast_to(x, spec.shape) for x in (spec.minimum, spec.maximum))
+        if not np.isfinite([self.low, self.high]).all():
+            fail(f"--env-id {args.env_id} has unbounded actions; every bound must be finite.")
+        spec = self.envs[0].observation_spec().values()
+        self.obs_dim, self.action_dim = sum(int(np.prod(x.shape)) for x in spec), self.low.size
+
+    def reset(self, i: int, seed: int | None = None) -> np.ndarray:
+        """Begins an episode of environment i, a fixed one if a seed is given; returns obs [O]."""
+        if seed is not None:
+            self.envs[i].task.random.seed(seed)
+        return self.ravel(self.envs[i].reset())
+
+    def reset_all(self) -> np.ndarray:
+        """Begins the same first episodes as every time; returns obs [N, O]."""
+        return np.stack([self.reset(i, seed) for i, seed in enumerate(self.seeds)])
+
+    def step(self, action: np.ndarray, active: np.ndarray | None = None):
+        """Steps the active environments, by default all, with action [N, A].
+
+        Returns next_obs [N, O], reward, terminated and truncated [N]; zeros where not active.
+        A time limit has discount 1 and truncates; only a last step with discount 0 terminates.
+        """
+        n = len(self.envs)
+        next_obs, reward = np.zeros((n, self.obs_dim), np.float32), np.zeros(n, np.float32)
+        terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
+        native = self.low + (action.astype(np.float64) + 1) * (self.high - self.low) / 2
+        for i in range(n) if active is None else np.flatnonzero(active):
+            try:
+                timestep = self.envs[i].step(native[i])
+            except RuntimeError as error:  # dm_control's PhysicsError
+                raise FloatingPointError(error) from None
+            next_obs[i], reward[i] = self.ravel(timestep), timestep.reward
+            terminated[i] = timestep.last() and timestep.discount == 0
+            truncated[i] = timestep.last() and timestep.discount != 0
+        if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
+            raise FloatingPointError("an observation or a reward is not finite")
+        return next_obs, reward, terminated, truncated
+
+    def close(self):
+        """Finishes the film of an episode that was cut short."""
+        for env in self.envs:
+            env.close()
+
+    def ravel(self, timestep) -> np.ndarray:
+        """The entries of an observation, some of them 0-d, as one float32 [O]."""
+        entries = [np.ravel(x) for x in timestep.observation.values()]
+        return np.concatenate(entries, dtype=np.float32)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU, then a linear head; LayerNorm, if asked for, before each ReLU."""
+
+    args: Args
+    out: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.args.hidden_layers):
+            x = nn.Dense(self.args.hidden_width)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+        return nn.Dense(self.out, name="head")(x)
+
+
+def q_values(critic: Params, obs, action, args: Args):
+    """Both critics, [2, B]."""
+    net = MLP(args, 1, args.layer_norm)
+    x = jnp.concatenate([obs, action], axis=-1)
+    return jax.vmap(net.apply, in_axes=(0, None))(critic, x).squeeze(-1)
+
+
+def policy(actor: Params, obs, args: Args):
+    """Mean and standard deviation, [..., A] each, of the Gaussian whose samples are clipped."""
+    net = MLP(args, actor["params"]["head"]["bias"].shape[-1])
+    mean, spread = jnp.split(net.apply(actor, obs), 2, axis=-1)
+    return mean, args.initial_stddev / jnp.log(2) * jax.nn.softplus(spread) + 1e-6
+
+
+def sample_actions(actor: Params, obs, key, args: Args):
+    """Actions [N, B, A] of the policy at obs [B, O], before they are clipped to [-1, 1]."""
+    mean, stddev = policy(actor, obs, args)
+    noise = jax.random.normal(key, (args.action_samples, *mean.shape))
+    return mean[None] + stddev[None] * noise
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """A minibatch of one seed, with normalised observations."""
+
+    obs: jax.Array  # [B, O]
+    action: jax.Array  # [B, A] in [-1, 1]
+    reward: jax.Array  # [B]
+    discount: jax.Array  # [B] 0 where the episode terminated, else 1
+    next_obs: jax.Array  # [B, O] what the step led to, never the observation after a reset
+
+
+class Moments(NamedTuple):
+    """Running mean and variance of every observation collected."""
+
+    mean: jax.Array  # [O]
+    var: jax.Array  # [O]
+
+
+class Duals(NamedTuple):
+    """Dual variables before `multiplier` makes them positive."""
+
+    temperature: jax.Array | None  # [] of the Q-values; None if solved for exactly
+    penalty_temperature: jax.Array | None  # [] of the action penalty; None also without one
+    alpha_mean: jax.Array  # [A], or [1] of the total
+    alpha_stddev: jax.Array  # [A], or [1] of the total
+
+
+class State(NamedTuple):
+    """All that learning changes; with several seeds every leaf has a leading axis [S]."""
+
+    actor: Params  # theta
+    target_actor: Params
+    critic: Params  # phi_1 and phi_2, on a leading axis of 2
+    target_critic: Params
+    duals: Duals  # eta and alpha
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    duals_opt: optax.OptState
+    moments: Moments  # of the observations
+    key: jax.Array
+    step: jax.Array  # [] updates so far
+
+
+@partial(jax.jit, static_argnames=("obs_dim", "action_dim", "args"))
+def init(seeds, obs_dim: int, action_dim: int, args: Args) -> State:
+    """The state before the first update, for seeds [S]."""
+    constraints = action_dim if args.per_dim_constraining else 1
+    temperature = dual(args.temperature) if args.temperature_solver == "gradient" else None
+    duals = Duals(
+        temperature=temperature,
+        penalty_temperature=temperature if args.action_penalty else None,
+        alpha_mean=jnp.full(constraints, dual(args.alpha_mean)),
+        alpha_stddev=jnp.full(constraints, dual(args.alpha_stddev)),
+    )
+
+    def init_seed(seed):
+        key, actor_key, critic_key = jax.random.split(jax.random.key(seed), 3)
+        actor = MLP(args, 2 * action_dim).init(actor_key, jnp.zeros(obs_dim))
+        # The first policy is nearly the same everywhere: mean 0 and the initial deviation.
+        actor["params"]["head"] = jax.tree.map(lambda x: 0.01 * x, actor["params"]["head"])
+        critic = jax.vmap(MLP(args, 1, args.layer_norm).init, in_axes=(0, None))(
+            jax.random.split(critic_key), jnp.zeros(obs_dim + action_dim)
+        )
+        return State(
+            actor=actor,
+            target_actor=actor,
+            critic=critic,
+            target_critic=critic,
+            duals=duals,
+            actor_opt=optax.adam(args.policy_lr).init(actor),
+            critic_opt=optax.adam(args.q_lr).init(critic),
+            duals_opt=optax.adam(args.dual_lr).init(duals),
+            moments=Moments(mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim)),
+            key=key,
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    return jax.vmap(init_seed)(seeds)
+
+
+# --- acting ---------------------------------------------------------------------------------------
+
+
+def normalize(obs, moments: Moments, args: Args):
+    """Observations [..., O] with mean 0 and variance 1, clipped to [-10, 10]."""
+    mean, std = (jnp.broadcast_to(x, obs.shape) for x in (moments.mean, jnp.sqrt(moments.var)))
+    return jnp.clip((obs - mean) / (std + 1e-6), -10, 10) if args.normalize_obs else obs
+
+
+@partial(jax.jit, static_argnames="args")
+def act(state: State, obs, args: Args):
+    """Greedy actions [S, E, A] for obs [S, E, O]: the clipped mean."""
+
+    def act_seed(state, obs):
+        return jnp.clip(policy(state.actor, normalize(obs, state.moments, args), args)[0], -1, 1)
+
+    return jax.vmap(act_seed)(state, obs)
+
+
+@partial(jax.jit, static_argnames="args")
+def explore(state: State, obs, args: Args):
+    """Actions [S, A] drawn from the policy for obs [S, O], and fresh keys [S]."""
+
+    def explore_seed(state, obs):
+        key, action_key = jax.random.split(state.key)
+        mean, stddev = policy(state.actor, normalize(obs, state.moments, args), args)
+        return jnp.clip(mean + stddev * jax.random.normal(action_key, mean.shape), -1, 1), key
+
+    return jax.vmap(explore_seed)(state, obs)
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def sampled_values(critic: Params, obs, actions, args: Args):
+    """Both critics [2, N, B] of obs [B, O] at actions [N, B, A], which are clipped first."""
+    obs = jnp.broadcast_to(obs[None], (len(actions), *obs.shape))
+    return q_values(critic, obs, jnp.clip(actions, -1, 1), args)
+
+
+def td_target(batch: Batch, next_q, args: Args):
+    """Expected target over the sampled actions, with the smaller critic, [B]; next_q [2, N, B]."""
+    next_v = next_q.mean(axis=1).min(axis=0)
+    return batch.reward + args.gamma * batch.discount * next_v
+
+
+def critic_loss(critic: Params, batch: Batch, target, args: Args):
+    """Mean squared Bellman error, summed over the two critics."""
+    q = q_values(critic, batch.obs, batch.action, args)
+    loss = jnp.square(q - target[None]).mean(axis=1)
+    return loss.sum(), {
+        "qf_loss": loss.sum(),
+        "qf1_loss": loss[0],
+        "qf2_loss": loss[1],
+        "qf1_values": q[0].mean(),
+        "qf2_values": q[1].mean(),
+    }
+
+
+def temperature_loss(temperature, q, epsilon: float):
+    """Dual of the E-step, [], for q [N, B]: convex, and least where the mean KL is epsilon."""
+    log_mean_exp = jax.nn.logsumexp(q / temperature, axis=0) - jnp.log(len(q))
+    return temperature * (epsilon + log_mean_exp.mean())
+
+
+def newton_temperature(q, epsilon: float):
+    """The minimiser of `temperature_loss`, [], to float32 precision at every scale of q [N, B].
+
+    Newton's method on log KL as a function of x = -log(temperature), which is a line of slope 2
+    while the weights are nearly uniform. A step that leaves the bracket or fails to halve is
+    replaced by bisection. If even nearly greedy weights have a smaller KL, they are the solution.
+    """
+    q = q - q.max(axis=0, keepdims=True)
+    scale = jnp.maximum(-q.min(), 1e-20)
+    q = q / scale
+
+    def kl_and_slope(x):
+        log_ratio = jnp.exp(x) * q  # of the weights to uniform ones
+        log_ratio -= jnp.log(jnp.exp(log_ratio).mean(axis=0, keepdims=True))
+        excess = jnp.expm1(log_ratio)
+        # The excess has mean 0; subtracted here, it takes rounding of the mean above with it.
+        kl = ((1 + excess) * log_ratio - excess).mean(axis=0, keepdims=True)
+        return kl.mean(), ((1 + excess) * jnp.square(log_ratio - kl)).mean()
+
+    def iterate(_, carry):
+        x, low, high, move = carry
+        kl, slope = kl_and_slope(x)
+        gap = jnp.log(kl / epsilon)
+        low, high = jnp.where(gap <= 0, x, low), jnp.where(gap >= 0, x, high)
+        step = gap * kl / slope
+        # The bracket is closed and small steps pass, or rounding would bisect a solution away.
+        inside = (low <= x - step) & (x - step <= high)
+        shrinks = jnp.abs(step) <= jnp.maximum(move / 2, 1e-2)
+        new_x = jnp.where(inside & shrinks, x - step, (low + high) / 2)
+        return new_x, low, high, jnp.abs(new_x - x)
+
+    low = jnp.log(8 * epsilon / jnp.square(q.min(axis=0)).mean()) / 2  # KL'' <= range^2 / 4
+    high = jnp.log(1e10)
+    x = jnp.clip(jnp.log(jnp.sqrt(2 * epsilon) / q.std(axis=0).mean()), low, high)
+    x, *_ = jax.lax.fori_loop(0, 12, iterate, (x, low, high, high - low))
+    return scale * jnp.exp(-jnp.where(kl_and_slope(high)[0] > epsilon, x, high))
+
+
+dual_and_slope = jax.jit(jax.value_and_grad(temperature_loss))
+
+
+def slsqp_temperature(q, epsilon: float):
+    """The minimiser of `temperature_loss`, [], by SciPy's SLSQP on the host; q [N, B]."""
+    # Scaled so that the answer is 1 if values are Gaussian: SLSQP's tolerance is absolute.
+    q = q - q.max(axis=0, keepdims=True)
+    scale = jnp.maximum(q.std(axis=0).mean() / jnp.sqrt(2 * epsilon), 1e-30)
+
+    def minimise(q):
+        def objective(temperature):
+            value, slope = dual_and_slope(np.float32(temperature[0]), q, epsilon)
+            return np.float64(value), np.float64([slope])
+
+        result = optimize.minimize(
+            objective, [1.0], jac=True, method="SLSQP", bounds=[(1e-10, None)], tol=1e-10
+        )
+        return np.float32(result.x[0])
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    return scale * jax.pure_callback(minimise, shape, q / scale, vmap_method="sequential")
+
+
+def multiplier(dual):
+    """A dual variable made positive: a temperature or the multiplier of a constraint."""
+    return jax.nn.softplus(dual) + 1e-8
+
+
+def dual(multiplier: float):
+    """The dual variable of a multiplier."""
+    return multiplier + jnp.log(-jnp.expm1(-multiplier))
+
+
+def solve_temperature(q, epsilon: float, dual, args: Args):
+    """The temperature [] for q [N, B], by the solver that the flags ask for."""
+    if args.temperature_solver == "newton":
+        return newton_temperature(q, epsilon)
+    if args.temperature_solver == "slsqp":
+        return slsqp_temperature(q, epsilon)
+    return multiplier(dual)
+
+
+def e_step_weights(q, temperature):
+    """Weights [N, B], in proportion to exp(q / temperature), that sum to 1 in every state."""
+    return jax.nn.softmax((q - q.max(axis=0, keepdims=True)) / temperature, axis=0)
+
+
+def kl_uniform(weights):
+    """KL of weights [N, B] to uniform ones, the mean [] over states."""
+    return jax.scipy.special.rel_entr(weights, 1 / len(weights)).sum(axis=0).mean()
+
+
+def penalty(actions):
+    """Minus the distance of actions [N, B, A] to the box [-1, 1]^A, [N, B]."""
+    return -jnp.linalg.norm(actions - jnp.clip(actions, -1, 1), axis=-1)
+
+
+def e_step(actions, q, duals: Duals, args: Args):
+    """The improved policy as weights [N, B] of actions [N, B, A] with values q [N, B].
+
+    The penalty is a second objective with a temperature of its own; the weights add up.
+    """
+    temperature = solve_temperature(q, args.epsilon, duals.temperature, args)
+    weights = e_step_weights(q, temperature)
+    kl = kl_uniform(weights)
+    metrics = {"temperature": temperature, "kl_weights_rel": kl / args.epsilon}
+    metrics["effective_samples"] = len(q) * jnp.exp(-kl)
+    if args.action_penalty:
+        cost, dual = penalty(actions), duals.penalty_temperature
+        temperature = solve_temperature(cost, args.epsilon_penalty, dual, args)
+        penalty_weights = e_step_weights(cost, temperature)
+        weights += penalty_weights
+        metrics["penalty_temperature"] = temperature
+        metrics["kl_penalty_rel"] = kl_uniform(penalty_weights) / args.epsilon_penalty
+    return weights, metrics
+
+
+def log_prob(actions, mean, stddev):
+    """Log density [N, B] of actions [N, B, A] under Gaussians [B, A]."""
+    noise = (actions - mean[None]) / stddev[None]
+    normaliser = (jnp.log(stddev) + jnp.log(2 * jnp.pi) / 2).sum(axis=-1)
+    return -jnp.square(noise).sum(axis=-1) / 2 - normaliser[None]
+
+
+def kl_normal(mean, stddev, new_mean, new_stddev):
+    """KL of Gaussians to new ones, [B, A] as all arguments: in every dimension."""
+    # The change of log stddev, whose square is the KL when small: exact to bound it by 1e-6.
+    change = jnp.log1p((new_stddev - stddev) / stddev)
+    move = (new_mean - mean) / new_stddev
+    return change + jnp.expm1(-2 * change) / 2 + jnp.square(move) / 2
+
+
+def actor_loss(actor: Params, state: State, obs, actions, weights, args: Args):
+    """Weighted maximum likelihood near the target policy (M-step); besides, how far it went.
+
+    Decoupled: the mean is fitted under the old deviation, the deviation about the old mean.
+    """
+    mean, stddev = policy(actor, obs, args)
+    old_mean, old_stddev = policy(state.target_actor, obs, args)
+    fit = log_prob(actions, mean, old_stddev) + log_prob(actions, old_mean, stddev)
+    kl_mean = kl_normal(old_mean, old_stddev, mean, old_stddev).mean(axis=0)
+    kl_stddev = kl_normal(old_mean, old_stddev, old_mean, stddev).mean(axis=0)
+    if not args.per_dim_constraining:
+        kl_mean, kl_stddev = kl_mean.sum(keepdims=True), kl_stddev.sum(keepdims=True)
+    loss = -(weights * fit).sum(axis=0).mean()
+    loss += (multiplier(state.duals.alpha_mean) * kl_mean).sum()
+    loss += (multiplier(state.duals.alpha_stddev) * kl_stddev).sum()
+    return loss, ((kl_mean, kl_stddev), {"actor_loss": loss, "policy_stddev": stddev.mean()})
+
+
+def dual_loss(duals: Duals, actions, q, kls, args: Args):
+    """Moves each multiplier up while its KL is above the bound, and down while it is below."""
+    kl_mean, kl_stddev = kls
+    alpha_mean, alpha_stddev = multiplier(duals.alpha_mean), multiplier(duals.alpha_stddev)
+    loss = (alpha_mean * (args.epsilon_mean - kl_mean)).sum()
+    loss += (alpha_stddev * (args.epsilon_stddev - kl_stddev)).sum()
+    if duals.temperature is not None:
+        loss += temperature_loss(multiplier(duals.temperature), q, args.epsilon)
+    if duals.penalty_temperature is not None:
+        temperature, cost = multiplier(duals.penalty_temperature), penalty(actions)
+        loss += temperature_loss(temperature, cost, args.epsilon_penalty)
+    return loss, {
+        "dual_loss": loss,
+        "alpha_mean": alpha_mean.mean(),
+        "alpha_stddev": alpha_stddev.mean(),
+        "kl_mean_rel": kl_mean.mean() / args.epsilon_mean,
+        "kl_mean_rel_max": kl_mean.max() / args.epsilon_mean,
+        "kl_stddev_rel": kl_stddev.mean() / args.epsilon_stddev,
+        "kl_stddev_rel_max": kl_stddev.max() / args.epsilon_stddev,
+    }
+
+
+def gradient_step(loss, params, opt_state, learning_rate: float):
+    """One step of Adam on `loss(params) -> (scalar, metrics)`."""
+    grads, metrics = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = optax.adam(learning_rate).update(grads, opt_state)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def every(period: int, change, state: State):
+    """`change(state) -> (state, metrics)` at every period-th update; else its metrics are nan."""
+    if period == 1:
+        return change(state)
+    skipped = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), jax.eval_shape(change, state)[1])
+    return jax.lax.cond(state.step % period == 0, change, lambda state: (state, skipped), state)
+
+
+def update(state: State, batch: Batch, args: Args) -> tuple[State, dict]:
+    """One update of one seed: policy evaluation, E-step and M-step."""
+    key, action_key = jax.random.split(state.key)
+    # Sampled once, where the critics' target needs them; the E-step takes place there, too.
+    actions = sample_actions(state.target_actor, batch.next_obs, action_key, args)
+    next_q = sampled_values(state.target_critic, batch.next_obs, actions, args)
+    target = td_target(batch, next_q, args)
+    critic, critic_opt, critic_metrics = gradient_step(
+        lambda p: critic_loss(p, batch, target, args), state.critic, state.critic_opt, args.q_lr
+    )
+    q = next_q.mean(axis=0)
+    weights, weights_metrics = e_step(actions, q, state.duals, args)
+    actor, actor_opt, (kls, actor_metrics) = gradient_step(
+        lambda p: actor_loss(p, state, batch.next_obs, actions, weights, args),
+        state.actor, state.actor_opt, args.policy_lr,
+    )  # fmt: skip
+    duals, duals_opt, dual_metrics = gradient_step(
+        lambda p: dual_loss(p, actions, q, kls, args), state.duals, state.duals_opt, args.dual_lr
+    )
+    # From further below, where multipliers are 0 in effect, they could not come back.
+    duals = jax.tree.map(lambda x: jnp.maximum(x, -18), duals)
+    state = state._replace(
+        actor=actor, critic=critic, duals=duals, key=key, step=state.step + 1,
+        actor_opt=actor_opt, critic_opt=critic_opt, duals_opt=duals_opt,
+    )  # fmt: skip
+
+    def move_targets(state: State):
+        return state._replace(target_actor=state.actor, target_critic=state.critic), {}
+
+    state, _ = every(args.target_network_frequency, move_targets, state)
+    return state, critic_metrics | weights_metrics | actor_metrics | dual_metrics
+
+
+# --- replay buffer --------------------------------------------------------------------------------
+
+
+class Buffer(NamedTuple):
+    """A ring of transitions on the device for each seed; all seeds are at the same place."""
+
+    rows: jax.Array  # [S, capacity, O + A + 2 + O] obs, action, reward, discount, next_obs
+    count: jax.Array  # [] transitions inserted so far
+
+
+def make_buffer(obs_dim: int, action_dim: int, args: Args) -> Buffer:
+    """An empty buffer, no larger than the run needs."""
+    capacity = min(args.buffer_size, args.total_timesteps // args.action_repeat)
+    rows = jnp.zeros((args.num_seeds, capacity, 2 * obs_dim + action_dim + 2))
+    return Buffer(rows, count=jnp.zeros((), jnp.int32))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def insert(buffer: Buffer, moments: Moments, row):
+    """Adds a transition [S, 2 O + A + 2] of each seed, and its observation to the moments."""
+    index, count = buffer.count % buffer.rows.shape[1], buffer.count + 1
+    # A call of its own with the buffer donated: sampling in the same call would copy all of it.
+    rows = jax.lax.dynamic_update_slice_in_dim(buffer.rows, row[:, None], index, axis=1)
+    delta = row[:, : moments.mean.shape[-1]] - moments.mean
+    mean = moments.mean + delta / count
+    # Welford's update, as a running mean; it forgets the initial variance at the first row.
+    var = moments.var + (jnp.square(delta) * (1 - 1 / count) - moments.var) / count
+    return Buffer(rows, count), Moments(mean, var)
+
+
+def sample(rows, count, moments: Moments, key, args: Args) -> Batch:
+    """A minibatch drawn uniformly, with replacement, from the rows of one seed."""
+    index = jax.random.randint(key, (args.batch_size,), 0, jnp.minimum(count, len(rows)))
+    rows, obs_dim = rows[index], len(moments.mean)
+    obs, rest, next_obs = rows[:, :obs_dim], rows[:, obs_dim:-obs_dim], rows[:, -obs_dim:]
+    obs, next_obs = (normalize(x, moments, args) for x in (obs, next_obs))
+    return Batch(obs, rest[:, :-2], reward=rest[:, -2], discount=rest[:, -1], next_obs=next_obs)
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
+    """`updates_per_step` updates of every seed, each on a minibatch of its own; metrics [S]."""
+
+    def learn_once(state, _):
+        key, sample_key = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
+        batch = jax.vmap(partial(sample, args=args), in_axes=(0, None, 0, 0))(
+            buffer.rows, buffer.count, state.moments, sample_key
+        )
+        inputs = (state._replace(key=key), batch)
+        # One seed after the other is faster on CPUs: they gain nothing from batched products.
+        if len(key) == 1 or jax.default_backend() == "cpu":
+            return jax.lax.map(lambda x: update(*x, args), inputs)
+        return jax.vmap(partial(update, args=args))(*inputs)
+
+    state, metrics = jax.lax.scan(learn_once, state, length=args.updates_per_step)
+    return state, jax.tree.map(lambda x: jnp.nanmean(x, axis=0), metrics)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def check(args: Args):
+    """Refuses values and combinations that cannot work, before anything compiles."""
+    may_be_zero = ("seed", "eval_frequency", "learning_starts", "target_entropy_scale")
+    may_be_zero += ("exploration_noise", "policy_noise", "noise_clip")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if type(value) in (int, float) and "log_std" not in name:
+            if not (value > 0 or value == 0 and name in may_be_zero):
+                fail(f"{flag} is out of range: it must be greater than 0.")
+            if name in ("gamma", "tau") and value > 1:
+                fail(f"{flag} is out of range: it must be at most 1.")
+    if args.batch_size > args.buffer_size:
+        fail(f"--batch-size {args.batch_size} must not exceed --buffer-size {args.buffer_size}.")
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts must be below --total-timesteps {args.total_timesteps} to learn.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights & Biases; install it with: pip install wandb")
+
+
+def start_run(args: Args) -> Path:
+    """Makes the run directory with config.json, what it takes to make the same run again."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or "runs/" + name.replace("/", "_").replace(":", "_"))
+    describe = f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40".split()
+    packages = "jax jaxlib flax optax numpy dm_control mujoco gymnasium".split()
+    config = {
+        "args": vars(args),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.platform()}, {platform.processor()}, {os.cpu_count()} cores",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    try:
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    except OSError as error:
+        fail(f"--run-dir {run_dir} must be new and writable: {error.strerror}.")
+    if args.track:  # sends what is written to TensorBoard files
+        importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+            name=run_dir.name, dir=run_dir, sync_tensorboard=True,
+        )  # fmt: skip
+    return run_dir
+
+
+class Log:
+    """One run's eval.csv, its TensorBoard files and its progress on the console."""
+
+    def __init__(self, args: Args, run_dir: Path):
+        self.args, self.start = args, time.time()
+        self.seeds = range(args.seed, args.seed + args.num_seeds)
+        # TensorBoard shows a folder as a run: the run directory, or one for each of several seeds.
+        folders = [f"seed_{seed}" if args.num_seeds > 1 else "" for seed in self.seeds]
+        self.writers = [SummaryWriter(str(run_dir / folder)) for folder in folders]
+        self.csv = (run_dir / "eval.csv").open("w", buffering=1)
+        self.csv.write("global_step,seed,episode,return,length\n")
+        self.bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=None)
+
+    def scalars(self, step: int, values: dict):
+        """Adds values [S] under each tag."""
+        for tag, per_seed in values.items():
+            for writer, value in zip(self.writers, per_seed):
+                writer.add_scalar(tag, value, step)
+
+    def episode(self, step: int, i: int, episode_return: float, length: int):
+        """Adds an episode of training of the i-th seed."""
+        self.writers[i].add_scalar("charts/episodic_return", episode_return, step)
+        self.writers[i].add_scalar("charts/episodic_length", length, step)
+        self.writers[i].add_scalar("charts/SPS", step / (time.time() - self.start), step)
+
+    def evaluation(self, step: int, returns: np.ndarray, lengths: np.ndarray):
+        """Stores every evaluation episode, [S, E], and shows the mean return of each seed."""
+        for seed, *episodes in zip(self.seeds, returns, lengths):
+            for i, (episode_return, length) in enumerate(zip(*episodes)):
+                self.csv.write(f"{step},{seed},{i},{episode_return},{length}\n")
+        self.scalars(step, {"eval/episodic_return": returns.mean(axis=1)})
+        text = "return " + " ".join(f"{x:.1f}" for x in returns.mean(axis=1))
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            rate = step / (time.time() - self.start)
+            left = datetime.timedelta(seconds=round((self.args.total_timesteps - step) / rate))
+            print(f"step {step}: {text}, {rate:.0f} steps/s, {left} left", flush=True)
+
+    def close(self):
+        """Puts everything on disk."""
+        for file in (*self.writers, self.csv, self.bar):
+            file.close()
+
+
+def evaluate(state: State, envs: Environments, args: Args):
+    """Returns and lengths of fixed episodes under the greedy policy, [S, E] each."""
+    obs = envs.reset_all()
+    returns, lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
+    running, groups = np.ones(len(obs), bool), (args.num_seeds, args.eval_episodes)
+    while running.any() and lengths.max() < args.eval_max_steps:
+        action = np.asarray(act(state, obs.reshape(*groups, -1), args)).reshape(len(obs), -1)
+        obs, reward, terminated, truncated = envs.step(action, running)
+        returns += reward
+        lengths += running * args.action_repeat
+        running &= ~(terminated | truncated)
+    return returns.reshape(groups), lengths.reshape(groups)
+
+
+def main(args: Args):
+    """MPO for every seed in lockstep; `step` counts the environment steps of one seed."""
+    check(args)
+    if args.temperature_solver == "slsqp":  # a host callback must not wait for its own thread
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    streams = [np.random.SeedSequence(seed).spawn(3) for seed in seeds]
+    rngs = [np.random.default_rng(warm_up) for warm_up, _, _ in streams]
+    envs = Environments(args, [train.generate_state(1)[0] for _, train, _ in streams])
+    run_dir = start_run(args)
+    eval_seeds = np.concatenate([test.generate_state(args.eval_episodes) for _, _, test in streams])
+    eval_envs = Environments(args, eval_seeds, run_dir / "videos" if args.capture_video else None)
+    state = init(np.array(seeds), envs.obs_dim, envs.action_dim, args)
+    buffer = make_buffer(envs.obs_dim, envs.action_dim, args)
+    obs = envs.reset_all()
+    returns, lengths = np.zeros(args.num_seeds), np.zeros(args.num_seeds, int)
+
+    log = Log(args, run_dir)
+    try:
+        for step in range(args.action_repeat, args.total_timesteps + 1, args.action_repeat):
+            if step <= args.learning_starts:
+                action = np.stack([rng.uniform(-1, 1, envs.action_dim) for rng in rngs])
+            else:
+                action, key = explore(state, obs, args)
+                # Computes while the environments step.
+                state, metrics = learn(state._replace(key=key), buffer, args)
+            action = np.asarray(action, np.float32)
+            next_obs, reward, terminated, truncated = envs.step(action)
+            row = np.column_stack([obs, action, reward, ~terminated, next_obs])
+            buffer, moments = insert(buffer, state.moments, row)
+            state = state._replace(moments=moments)
+            obs, returns, lengths = next_obs, returns + reward, lengths + args.action_repeat
+            for i in np.flatnonzero(terminated | truncated):
+                log.episode(step, i, returns[i], lengths[i])
+                obs[i], returns[i], lengths[i] = envs.reset(i), 0, 0
+            if step > args.learning_starts and step % args.log_frequency < args.action_repeat:
+                log.scalars(step, {f"{k}": v for k, v in jax.device_get(metrics).items()})
+            if args.eval_frequency and step % args.eval_frequency < args.action_repeat:
+                log.evaluation(step, *evaluate(state, eval_envs, args))
+            log.bar.update(args.action_repeat)
+    except FloatingPointError as error:
+        fail(f"{args.env_id} broke down at step {step}: {error}. The log is in {run_dir}.", code=1)
+    except KeyboardInterrupt:
+        fail(f"Stopped at step {step}. The log is in {run_dir}.", code=130)
+    finally:
+        eval_envs.close()
+        log.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
