@@ -89,6 +89,7 @@ class Args:
     updates_per_step: Int = 1  # gradient updates for each action
     batch_size: Int = 256  # transitions in the minibatch of an update
     gamma: float = 0.99  # discount factor
+    n_step: Int = 1  # rewards in a target before it bootstraps
     target_network_frequency: Int = 100  # updates between copies of the actor and the critics
     action_samples: Int = 20  # actions sampled in each state, N
     hidden_width: Int = 256  # units of a hidden layer
@@ -267,9 +268,9 @@ class Batch(NamedTuple):
 
     obs: jax.Array  # [B, O]
     action: jax.Array  # [B, A] in [-1, 1]
-    reward: jax.Array  # [B]
-    discount: jax.Array  # [B] 0 where the episode terminated, else 1
-    next_obs: jax.Array  # [B, O] what the step led to, never the observation after a reset
+    reward: jax.Array  # [B] discounted sum over k <= n_step steps
+    discount: jax.Array  # [B] 0 where the episode terminated, else gamma^(k - 1) after k steps
+    next_obs: jax.Array  # [B, O] what the steps led to, never the observation after a reset
 
 
 class Moments(NamedTuple):
@@ -382,7 +383,7 @@ def sampled_values(critic: Params, obs, actions, args: Args):
 
 
 def td_target(batch: Batch, next_q, args: Args):
-    """Expected target over the sampled actions, with the smaller critic, [B]; next_q [2, N, B]."""
+    """The smaller of the two values expected under the target policy, [B]; next_q [2, N, B]."""
     next_v = next_q.mean(axis=1).min(axis=0)
     return batch.reward + args.gamma * batch.discount * next_v
 
@@ -451,7 +452,7 @@ def slsqp_temperature(q, epsilon: float):
     """The minimiser of `temperature_loss`, [], by SciPy's SLSQP on the host; q [N, B]."""
     # Scaled so that the answer is 1 if values are Gaussian: SLSQP's tolerance is absolute.
     q = q - q.max(axis=0, keepdims=True)
-    scale = jnp.maximum(q.std(axis=0).mean() / jnp.sqrt(2 * epsilon), 1e-30)
+    scale = jnp.maximum(q.std(axis=0).mean() / jnp.sqrt(2 * epsilon), 1e-20)
 
     def minimise(q):
         def objective(temperature):
@@ -630,20 +631,20 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict]:
 class Buffer(NamedTuple):
     """A ring of transitions on the device for each seed; all seeds are at the same place."""
 
-    rows: jax.Array  # [S, capacity, O + A + 2 + O] obs, action, reward, discount, next_obs
+    rows: jax.Array  # [S, capacity, O + A + 3 + O] obs, action, reward, discount, ended, next_obs
     count: jax.Array  # [] transitions inserted so far
 
 
 def make_buffer(obs_dim: int, action_dim: int, args: Args) -> Buffer:
     """An empty buffer, no larger than the run needs."""
     capacity = min(args.buffer_size, args.total_timesteps // args.action_repeat)
-    rows = jnp.zeros((args.num_seeds, capacity, 2 * obs_dim + action_dim + 2))
+    rows = jnp.zeros((args.num_seeds, capacity, 2 * obs_dim + action_dim + 3))
     return Buffer(rows, count=jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, donate_argnames="buffer")
 def insert(buffer: Buffer, moments: Moments, row):
-    """Adds a transition [S, 2 O + A + 2] of each seed, and its observation to the moments."""
+    """Adds a transition [S, 2 O + A + 3] of each seed, and its observation to the moments."""
     index, count = buffer.count % buffer.rows.shape[1], buffer.count + 1
     # A call of its own with the buffer donated: sampling in the same call would copy all of it.
     rows = jax.lax.dynamic_update_slice_in_dim(buffer.rows, row[:, None], index, axis=1)
@@ -655,12 +656,30 @@ def insert(buffer: Buffer, moments: Moments, row):
 
 
 def sample(rows, count, moments: Moments, key, args: Args) -> Batch:
-    """A minibatch drawn uniformly, with replacement, from the rows of one seed."""
-    index = jax.random.randint(key, (args.batch_size,), 0, jnp.minimum(count, len(rows)))
-    rows, obs_dim = rows[index], len(moments.mean)
-    obs, rest, next_obs = rows[:, :obs_dim], rows[:, obs_dim:-obs_dim], rows[:, -obs_dim:]
-    obs, next_obs = (normalize(x, moments, args) for x in (obs, next_obs))
-    return Batch(obs, rest[:, :-2], reward=rest[:, -2], discount=rest[:, -1], next_obs=next_obs)
+    """A minibatch drawn uniformly, with replacement, from the rows of one seed.
+
+    Each sample is a window of `n_step` transitions, cut short at the end of the episode and at the
+    newest transition.
+    """
+    capacity, obs_dim = len(rows), len(moments.mean)
+    start = jax.random.randint(key, (args.batch_size, 1), 0, jnp.minimum(count, capacity))
+    offset = jnp.arange(args.n_step)[None]  # [1, n]
+    window = rows[(start + offset) % capacity]  # [B, n, row]
+    reward, _, ended = jnp.moveaxis(window[..., -obs_dim - 3 : -obs_dim], -1, 0)  # [B, n]
+    # Counted from the oldest transition; past the newest one the ring begins again.
+    stored = (start - count) % capacity + offset < capacity
+    goes_on = jnp.cumprod(1 - ended[:, :-1], axis=1)
+    valid = stored * jnp.concatenate([jnp.ones_like(reward[:, :1]), goes_on], axis=1)
+    length = valid.sum(axis=1)
+    last = window[jnp.arange(args.batch_size), length.astype(int) - 1]  # [B, row]
+    first, powers = window[:, 0], args.gamma ** jnp.arange(args.n_step)[None]
+    return Batch(
+        obs=normalize(first[:, :obs_dim], moments, args),
+        action=first[:, obs_dim : -obs_dim - 3],
+        reward=(valid * powers * reward).sum(axis=1),
+        discount=args.gamma ** (length - 1) * last[:, -obs_dim - 2],
+        next_obs=normalize(last[:, -obs_dim:], moments, args),
+    )
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="state")
@@ -817,11 +836,12 @@ def main(args: Args):
                 state, metrics = learn(state._replace(key=key), buffer, args)
             action = np.asarray(action, np.float32)
             next_obs, reward, terminated, truncated = envs.step(action)
-            row = np.column_stack([obs, action, reward, ~terminated, next_obs])
+            ended = terminated | truncated
+            row = np.column_stack([obs, action, reward, ~terminated, ended, next_obs])
             buffer, moments = insert(buffer, state.moments, row)
             state = state._replace(moments=moments)
             obs, returns, lengths = next_obs, returns + reward, lengths + args.action_repeat
-            for i in np.flatnonzero(terminated | truncated):
+            for i in np.flatnonzero(ended):
                 log.episode(step, i, returns[i], lengths[i])
                 obs[i], returns[i], lengths[i] = envs.reset(i), 0, 0
             if step > args.learning_starts and step % args.log_frequency < args.action_repeat:

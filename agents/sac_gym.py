@@ -501,7 +501,7 @@ def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
     """`updates_per_step` updates of every seed, each on a minibatch of its own; metrics [S]."""
 
     def learn_once(state, _):
-        key, sample_key = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
+        key, sample_key = jax.vmap(lambda key: tuple(jax.random.split(key)))(state.key)
         batch = jax.vmap(partial(sample, args=args), in_axes=(0, None, 0, 0))(
             buffer.rows, buffer.count, state.moments, sample_key
         )

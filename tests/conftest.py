@@ -43,7 +43,7 @@ SMALL = dict(
     hidden_width=32, batch_size=7, buffer_size=100, total_timesteps=100, learning_starts=20,
     log_frequency=10, eval_frequency=0, eval_episodes=2,
     # Siblings have other defaults for these; the same ones let them share compilations.
-    layer_norm=True, normalize_obs=True, alpha=0.2, target_entropy_scale=0.5,
+    n_step=1, layer_norm=True, normalize_obs=True, alpha=0.2, target_entropy_scale=0.5,
 )  # fmt: skip
 
 

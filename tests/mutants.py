@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant(
         "time_limit_stored_as_termination",
         SAC + TD3,
-        "row = np.column_stack([obs, action, reward, ~terminated, next_obs])",
-        "row = np.column_stack([obs, action, reward, ~(terminated | truncated), next_obs])",
+        "row = np.column_stack([obs, action, reward, ~terminated, ended, next_obs])",
+        "row = np.column_stack([obs, action, reward, ~ended, ended, next_obs])",
         "Every end of an episode is stored as a termination.",
         ENVIRONMENTS + "test_the_stored_discount_is_0_at_terminations_only",
     ),
@@ -172,8 +172,9 @@ MUTANTS = [
         "target_not_stopped",
         SAC + TD3,
         "lambda p: critic_loss(p, batch, target, args)",
-        "lambda p: critic_loss(p, batch, "
-        "td_target(state._replace(target_critic=p), batch, target_key, args), args)",
+        # The key is cloned: using it twice would be caught as such, not as a gradient.
+        "lambda p: critic_loss(p, batch, td_target(state._replace(target_critic=p), batch, "
+        "jax.random.clone(target_key), args), args)",
         "The gradient flows through the target.",
         SHARED + "test_the_critics_descend_the_error_to_a_fixed_target",
     ),
@@ -268,17 +269,33 @@ MUTANTS = [
     Mutant(
         "samples_empty_rows",
         SAC + TD3,
-        "0, jnp.minimum(count, len(rows)))",
-        "0, len(rows))",
+        "0, jnp.minimum(count, capacity))",
+        "0, capacity)",
         "Rows that were never inserted are sampled.",
         SHARED + "test_only_inserted_transitions_are_sampled_and_all_of_them",
     ),
     Mutant(
         "stores_the_reset_observation",
         SAC + TD3,
-        "~terminated, next_obs])",
-        "~terminated, obs])",
+        "~terminated, ended, next_obs])",
+        "~terminated, ended, obs])",
         "A transition does not hold what its step led to.",
         ENVIRONMENTS + "test_stored_transitions_lead_to_each_other_but_not_across_episodes",
+    ),
+    Mutant(
+        "windows_cross_episodes",
+        SAC + TD3,
+        "1 - ended[:, :-1]",
+        "1 - 0 * ended[:, :-1]",
+        "Rewards of the next episode count towards the return of this one.",
+        SHARED + "test_windows_of_n_steps_are_those_of_a_loop_over_episodes",
+    ),
+    Mutant(
+        "windows_cross_the_ring",
+        SAC + TD3,
+        "(start - count) % capacity + offset < capacity",
+        "start + offset < capacity + start",
+        "Windows run on from the newest transition into the oldest.",
+        SHARED + "test_windows_of_n_steps_are_those_of_a_loop_over_episodes",
     ),
 ]

@@ -147,6 +147,7 @@ class Recording(NamedTuple):
     action: np.ndarray  # [T, S, A]
     reward: np.ndarray  # [T, S]
     discount: np.ndarray  # [T, S]
+    ended: np.ndarray  # [T, S]
     next_obs: np.ndarray  # [T, S, O]
     executed: np.ndarray  # [T, S, A] native actions
 
@@ -172,7 +173,7 @@ def recording(script, scale: float = 1.0) -> Recording:
         flags["run_dir"] = str(Path(folder) / "run")
         args = small_args(script, **flags, **step_sizes(script, **FROZEN))
         script.main(args)
-    fields = np.split(np.array(rows), np.cumsum([5, 3, 1, 1]), axis=2)
+    fields = np.split(np.array(rows), np.cumsum([5, 3, 1, 1, 1]), axis=2)
     fields = [x[..., 0] if x.shape[2] == 1 else x for x in fields]
     return Recording(args, *fields, np.stack([probe.actions for probe in probes[:2]], axis=1))
 
@@ -194,6 +195,11 @@ def test_the_stored_discount_is_0_at_terminations_only(script):
     assert ends(run, "terminated").any() and ends(run, "truncated").any()
     assert_equal(run.discount == 0, ends(run, "terminated"))
     assert_equal(run.discount == 1, ~ends(run, "terminated"))
+
+
+def test_the_end_of_an_episode_is_stored_however_it_ended(script):
+    run = recording(script)
+    assert_equal(run.ended == 1, ends(run, "terminated") | ends(run, "truncated"))
 
 
 def test_stored_transitions_lead_to_each_other_but_not_across_episodes(script):
@@ -226,7 +232,7 @@ def test_training_explores(script):
 def test_wider_bounds_change_nothing_that_is_learned_from(script):
     narrow, wide = recording(script), recording(script, scale=2.0)
     np.testing.assert_allclose(wide.executed, 2 * narrow.executed, rtol=1e-6)
-    for name in ("obs", "action", "reward", "discount", "next_obs"):
+    for name in ("obs", "action", "reward", "discount", "ended", "next_obs"):
         np.testing.assert_allclose(getattr(wide, name), getattr(narrow, name), atol=1e-5)
 
 

@@ -597,9 +597,9 @@ def test_a_multiplier_rises_while_its_kl_is_above_the_bound(script, per_dim):
 
 
 def test_dual_variables_stay_where_they_can_come_back_from(script):
-    args = mpo_args(script, dual_lr=1.0)
+    args = mpo_args(script, hidden_layers=0, target_network_frequency=3)
     state = init(script, args)
-    low = jax.tree.map(lambda x: jnp.full(x.shape, -17.99), state.duals)
+    low = jax.tree.map(lambda x: jnp.full(x.shape, -30.0), state.duals)
     new, _ = compiled(script.update)(state._replace(duals=low), random_batch(script), args=args)
     assert_equal(new.duals, jax.tree.map(lambda x: jnp.full(x.shape, -18.0), low))
 
@@ -750,7 +750,7 @@ def test_an_update_follows_the_target_networks(script, monkeypatch):
 
 
 def test_targets_are_copies_every_period(script):
-    args = mpo_args(script, target_network_frequency=3)
+    args = mpo_args(script, hidden_layers=0, target_network_frequency=3)
     state, batch = init(script, args), random_batch(script)
     for number in range(1, 7):
         old, (state, _) = state, compiled(script.update)(state, batch, args=args)
@@ -780,7 +780,9 @@ def test_solvers_share_an_update(script):
     batch = random_batch(script)
     results = []
     for solver in ("newton", "slsqp"):
-        args = mpo_args(script, temperature_solver=solver)
+        args = mpo_args(
+            script, temperature_solver=solver, hidden_layers=0, target_network_frequency=3
+        )
         state = init(script, args)
         before = script.dual_and_slope._cache_size()
         for _ in range(3):

@@ -279,13 +279,13 @@ def fill(script, transitions: int, capacity: int, rows=None):
     buffer = script.make_buffer(OBS, ACT, args)
     moments = script.Moments(jnp.zeros((2, OBS)), jnp.ones((2, OBS)))
     for t in range(transitions):
-        row = np.full((2, 2 * OBS + ACT + 2), [[t], [t + 0.5]]) if rows is None else rows[t]
+        row = np.full((2, 2 * OBS + ACT + 3), [[t], [t + 0.5]]) if rows is None else rows[t]
         buffer, moments = script.insert(buffer, moments, row.astype(np.float32))
     return buffer, moments, args
 
 
 def test_running_moments_are_those_of_all_observations_inserted(script):
-    rows = np.random.default_rng(0).normal(10, 0.5, (50, 2, 2 * OBS + ACT + 2))
+    rows = np.random.default_rng(0).normal(10, 0.5, (50, 2, 2 * OBS + ACT + 3))
     _, moments, _ = fill(script, transitions=50, capacity=13, rows=rows)
     np.testing.assert_allclose(moments.mean, rows[:, :, :OBS].mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(moments.var, rows[:, :, :OBS].var(axis=0), rtol=1e-3)
@@ -313,14 +313,44 @@ def test_only_inserted_transitions_are_sampled_and_all_of_them(script, transitio
 
 
 def test_a_sample_puts_every_entry_in_its_field_and_normalises_observations(script):
-    row = np.arange(2 * OBS + ACT + 2, dtype=np.float32)
+    row = np.arange(2 * OBS + ACT + 3, dtype=np.float32)
     moments = script.Moments(np.full(OBS, 2, np.float32), np.full(OBS, 9, np.float32))
     args = small_args(script, normalize_obs=True)
     batch = script.sample(row[None], jnp.int32(1), moments, jax.random.key(0), args)
-    obs, action, reward, discount, next_obs = np.split(row, np.cumsum([OBS, ACT, 1, 1]))
+    obs, action, reward, discount, _, next_obs = np.split(row, np.cumsum([OBS, ACT, 1, 1, 1]))
     expected = (obs - 2) / 3, action, reward[0], discount[0], (next_obs - 2) / 3
     for field, value in zip(batch, expected):
         np.testing.assert_allclose(field, np.broadcast_to(value, field.shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 5])
+@pytest.mark.parametrize("transitions, capacity", [(30, 50), (67, 20), (50, 7)])
+def test_windows_of_n_steps_are_those_of_a_loop_over_episodes(
+    script, n_step, transitions, capacity
+):
+    rng = np.random.default_rng(n_step)
+    rows = rng.normal(size=(transitions, 2, 2 * OBS + ACT + 3)).astype(np.float32)
+    rows[..., OBS] = np.arange(transitions)[:, None]  # the action tells which transition it is
+    terminated = rng.random((transitions, 2)) < 0.15
+    rows[..., -OBS - 2] = ~terminated
+    rows[..., -OBS - 1] = terminated | (rng.random((transitions, 2)) < 0.15)
+    buffer, moments, _ = fill(script, transitions, capacity, rows)
+    args = small_args(script, n_step=n_step, batch_size=300, normalize_obs=False)
+    batch = script.sample(
+        buffer.rows[0], buffer.count, oracles.first(moments), jax.random.key(0), args
+    )
+    for i, start in enumerate(np.asarray(batch.action[:, 0], int)):
+        reward, discount, t = 0.0, 1.0, start
+        while True:
+            row = np.float64(rows[t, 0])
+            reward += discount * row[OBS + ACT]
+            if row[-OBS - 1] or t + 1 == min(start + n_step, transitions):
+                break
+            discount, t = discount * args.gamma, t + 1
+        np.testing.assert_allclose(batch.reward[i], reward, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch.discount[i], discount * row[-OBS - 2], rtol=1e-5)
+        assert_equal(batch.obs[i], rows[start, 0, :OBS])
+        assert_equal(batch.next_obs[i], rows[t, 0, -OBS:])
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -328,7 +358,7 @@ def test_a_sample_puts_every_entry_in_its_field_and_normalises_observations(scri
 
 def learner(script, seeds=(0, 1), **changes):
     """State, buffer and flags of seeds that have collected something."""
-    rows = np.random.default_rng(0).normal(size=(20, 2, 2 * OBS + ACT + 2))
+    rows = np.random.default_rng(0).normal(size=(20, 2, 2 * OBS + ACT + 3))
     buffer, moments, _ = fill(script, transitions=20, capacity=13, rows=rows)
     args = small_args(script, num_seeds=len(seeds), policy_frequency=2, **changes)
     state = script.init(np.array(seeds), OBS, ACT, args)
