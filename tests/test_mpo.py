@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from conftest import small_args
@@ -51,6 +52,11 @@ def gaussian_actor(mean, stddev, args):
     mean, stddev = np.broadcast_arrays(np.atleast_1d(mean).astype(float), stddev)
     spread = np.log(np.expm1(stddev * np.log(2) / args.initial_stddev))
     return linear(np.zeros((OBS, 2 * mean.size)), np.concatenate([mean, spread]))
+
+
+def initial_shapes(script, args):
+    """The state of one seed before its first update, without values."""
+    return jax.eval_shape(partial(init, script, args))
 
 
 def free_policy(monkeypatch, script):
@@ -159,16 +165,16 @@ def test_losses_and_gradients_are_those_of_acme(script, acme, monkeypatch):
 # --- the temperature ------------------------------------------------------------------------------
 
 FAMILIES = {
-    "normal": lambda rng, shape: rng.normal(size=shape),
-    "heavy tails": lambda rng, shape: rng.standard_t(2, size=shape),
-    "two values": lambda rng, shape: rng.integers(0, 2, shape).astype(float),
-    "one good action": lambda rng, shape: np.eye(shape[0])[:, :1] * np.ones(shape),
-    "smooth": lambda rng, shape: -np.square(rng.normal(size=shape) + rng.normal(size=shape[1])),
-    "some states constant": lambda rng, shape: rng.normal(size=shape) * (rng.random(shape[1]) < 0.2),
-    "an outlier": lambda rng, shape: rng.normal(size=shape) + 1e4 * np.eye(*shape),
-    "a large state": lambda rng, shape: rng.normal(size=shape) * (1 + 1e6 * np.eye(1, shape[1])),
-    "constant": lambda rng, shape: np.zeros(shape),
-}  # fmt: skip
+    "normal": lambda rng, n, b: rng.normal(size=(n, b)),
+    "heavy tails": lambda rng, n, b: rng.standard_t(2, size=(n, b)),
+    "two values": lambda rng, n, b: rng.integers(0, 2, (n, b)).astype(float),
+    "one good action": lambda rng, n, b: np.eye(n)[:, :1] * np.ones((n, b)),
+    "smooth": lambda rng, n, b: -np.square(rng.normal(size=(n, b)) + rng.normal(size=b)),
+    "some states constant": lambda rng, n, b: rng.normal(size=(n, b)) * (rng.random(b) < 0.2),
+    "an outlier": lambda rng, n, b: rng.normal(size=(n, b)) + 1e4 * np.eye(n, b),
+    "a large state": lambda rng, n, b: rng.normal(size=(n, b)) * (1 + 1e6 * np.eye(1, b)),
+    "constant": lambda rng, n, b: np.zeros((n, b)),
+}
 
 
 @st.composite
@@ -176,7 +182,7 @@ def problems(draw):
     """Q-values [N, B] and a bound."""
     shape = draw(st.sampled_from([(1, 7), (2, 1), (2, 7), (20, 7), (20, 256), (64, 3)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    q = FAMILIES[draw(st.sampled_from(list(FAMILIES)))](rng, shape)
+    q = FAMILIES[draw(st.sampled_from(list(FAMILIES)))](rng, *shape)
     q = q * np.exp(draw(st.floats(0, 4)) * rng.normal(size=shape[1]))  # states of unequal size
     q = q * 10 ** draw(st.floats(-6, 6)) + draw(st.sampled_from([0, 1, 50])) * rng.normal()
     return np.float32(q), np.exp(draw(st.floats(np.log(1e-3), np.log(2))))
@@ -228,7 +234,7 @@ def test_slsqp_agrees_with_newton(script, family):
     rng = np.random.default_rng(0)
     slsqp = jax.jit(lambda q: script.slsqp_temperature(q, EPSILON))
     for exponent in (-6, -3, 0, 3, 6):
-        q = np.float32(FAMILIES[family](rng, (20, 64)) * 10.0**exponent)
+        q = np.float32(FAMILIES[family](rng, 20, 64) * 10.0**exponent)
         kl = attained_kl(q, float(slsqp(q)))
         assert kl == pytest.approx(attained_kl(q, newton(script, q)), rel=1e-2)
     constant = np.ones((20, 64), np.float32)
@@ -244,7 +250,7 @@ def test_every_solver_runs_within_map_and_vmap(script):
         alone = [float(jax.jit(solve)(x)) for x in q]
         traces = script.dual_and_slope._cache_size()
         for together in (jax.vmap(solve), partial(jax.lax.map, solve)):
-            np.testing.assert_allclose(jax.jit(together)(q), alone, rtol=1e-4)
+            np.testing.assert_allclose(jax.jit(together)(q), alone, rtol=1e-3)
         assert script.dual_and_slope._cache_size() == traces
 
 
@@ -328,7 +334,8 @@ def test_the_improved_policy_is_better_in_every_state(script):
     """Unless all of its actions are equally good (P12)."""
     q = np.float32(normal_q(states=BATCH))
     q[:, 0] = 3
-    gain = (np.asarray(script.e_step_weights(q, newton(script, q))) * q).sum(axis=0) - q.mean(axis=0)
+    weights = np.asarray(script.e_step_weights(q, newton(script, q)))
+    gain = (weights * q).sum(axis=0) - q.mean(axis=0)
     assert (gain[1:] > 1e-3).all()
     np.testing.assert_allclose(gain[0], 0, atol=1e-6)
 
@@ -357,7 +364,7 @@ def test_the_gradient_solver_ends_where_newton_is(script):
 def test_only_temperatures_that_take_steps_are_state(script):
     for solver, penalty in (("newton", True), ("gradient", False), ("gradient", True)):
         args = mpo_args(script, temperature_solver=solver, action_penalty=penalty)
-        duals = jax.eval_shape(lambda: script.init(np.arange(1), OBS, ACT, args)).duals  # noqa: B023
+        duals = initial_shapes(script, args).duals
         assert (duals.temperature is not None) == (solver == "gradient")
         assert (duals.penalty_temperature is not None) == (solver == "gradient" and penalty)
 
@@ -416,7 +423,8 @@ def test_the_kl_of_small_steps_is_accurate(script):
         d = np.log1p(change)
         kl = script.kl_normal(stddev, stddev, stddev, stddev * jnp.float32(1 + change))
         np.testing.assert_allclose(kl, d + np.expm1(-2 * d) / 2, rtol=rtol)
-    np.testing.assert_allclose(np.log1p(0.01) + np.expm1(-2 * np.log1p(0.01)) / 2, 9.83e-5, rtol=1e-3)
+    kl = script.kl_normal(stddev, stddev, stddev, 1.01 * stddev)
+    np.testing.assert_allclose(kl, 9.83e-5, rtol=1e-3)
     move = script.kl_normal(stddev, stddev, stddev + 0.01, stddev)
     np.testing.assert_allclose(move, (0.01 / stddev) ** 2 / 2, rtol=1e-4)
 
@@ -509,7 +517,6 @@ def test_the_m_step_at_the_target_policy(script, monkeypatch):
 
 def descend(loss, params, steps, learning_rate):
     """Adam, with all of its steps in one call."""
-    import optax
 
     def step(carry, rate):
         params, opt_state = carry
@@ -561,8 +568,6 @@ def test_multipliers_settle_where_the_kl_is_its_bound(script, monkeypatch):
             lambda p: script.dual_loss(p, actions, None, kls, args), duals, duals_opt, 1e-2
         )
         return (actor, duals, actor_opt, duals_opt), metrics
-
-    import optax
 
     duals = script.Duals(None, None, jnp.zeros(1), jnp.zeros(1))
     carry = old, duals, optax.adam(1.0).init(old), optax.adam(1.0).init(duals)
@@ -694,7 +699,8 @@ def test_sampled_actions_are_those_of_the_policy_in_their_state(script):
     args = linear_args(script, action_samples=10_007)
     kernel = np.zeros((OBS, 2 * ACT))
     kernel[0, :ACT] = 1
-    actor = linear(kernel, gaussian_actor(0.1 * np.arange(ACT), 0.5, args)["params"]["head"]["bias"])
+    bias = gaussian_actor(0.1 * np.arange(ACT), 0.5, args)["params"]["head"]["bias"]
+    actor = linear(kernel, bias)
     obs = jnp.arange(2.0)[:, None] * jnp.ones((1, OBS))
     actions = np.asarray(script.sample_actions(actor, obs, jax.random.key(0), args))
     assert actions.shape == (10_007, 2, ACT)
@@ -703,8 +709,7 @@ def test_sampled_actions_are_those_of_the_policy_in_their_state(script):
     np.testing.assert_allclose(actions.std(axis=0), 0.5, rtol=0.03)
     correlation = np.corrcoef(actions.reshape(len(actions), -1).T)
     np.testing.assert_allclose(correlation, np.eye(2 * ACT), atol=0.05)
-    mean, stddev = script.policy(actor, obs, args)
-    assert (np.abs(np.asarray(mean)) > 1).any() and (np.abs(actions) > 1).any()
+    assert (np.abs(actions) > 1).any()  # the critics clip them, and the penalty needs the rest
 
 
 def test_an_update_follows_the_target_networks(script, monkeypatch):
@@ -765,12 +770,14 @@ def test_targets_are_copies_every_period(script):
 
 
 def test_losses_and_metrics_are_scalar(script):
+    shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     for solver in ("newton", "slsqp", "gradient"):
         args = mpo_args(script, temperature_solver=solver)
-        state = init(script, args)
-        new, metrics = jax.eval_shape(lambda s, b: script.update(s, b, args), state, random_batch(script))
+        state = initial_shapes(script, args)
+        new, metrics = jax.eval_shape(
+            partial(script.update, args=args), state, random_batch(script)
+        )
         assert {x.shape for x in metrics.values()} == {()}
-        shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
         assert shapes(new) == shapes(state)
 
 

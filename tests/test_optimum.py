@@ -13,7 +13,7 @@ from scipy import linalg
 
 pytestmark = [pytest.mark.backends("gym"), pytest.mark.algorithms("td3", "sac")]
 
-GAMMA, BATCH, UPDATES = 0.95, 128, 3000
+GAMMA, BATCH, UPDATES = 0.95, 128, 4000
 STATES = np.linspace(-0.6, 0.6, 25)  # where the regulator's best action is inside the box
 TUNED = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
 
@@ -46,9 +46,15 @@ def worst_action(script, state, args, best) -> float:
     return np.abs(action - best(STATES)).max()
 
 
-def entropy_flags(script) -> dict:
-    """SAC's policy may keep a deviation of about 0.03, as TD3's has none."""
-    return {} if script.algorithm == "td3" else dict(target_entropy_scale=2.0)
+def exact_flags(script) -> dict:
+    """What brings each algorithm's own optimum close to that of the problem.
+
+    SAC's policy may keep a deviation of about 0.03. TD3 smooths nothing, and its critics are wide:
+    a deterministic policy climbs to the nearest kink of ReLUs, so there must be many.
+    """
+    if script.algorithm == "td3":
+        return dict(policy_noise=0.0, hidden_width=256)
+    return dict(target_entropy_scale=2.0)
 
 
 def test_contextual_bandit(script):
@@ -58,7 +64,7 @@ def test_contextual_bandit(script):
     def problem(obs, action):
         return -jnp.square(action - 0.5 * jnp.sin(2 * obs)), 0.0, obs
 
-    state, args = solve(script, problem, **entropy_flags(script))
+    state, args = solve(script, problem, **exact_flags(script))
     assert worst_action(script, state, args, best) < 0.15
 
 
@@ -72,7 +78,7 @@ def test_linear_quadratic_regulator(script):
     def problem(obs, action):
         return -(jnp.square(obs) + cost * jnp.square(action)), 1.0, a * obs + b * action
 
-    state, args = solve(script, problem, **entropy_flags(script))
+    state, args = solve(script, problem, **exact_flags(script))
     assert worst_action(script, state, args, lambda obs: -gain * obs) < 0.15
     if script.algorithm == "td3":  # at rest nothing is lost; SAC adds the worth of its entropy
         critic = jax.tree.map(lambda x: x[0], state.critic)

@@ -56,8 +56,10 @@ def blocks(path: Path) -> dict[str, str]:
 
 
 def imports(path: Path) -> set[str]:
+    """The modules that a script imports; which names it takes from them is its own matter."""
     nodes = ast.parse(path.read_text()).body
-    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)}
+    modules = {f"from {node.module}" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return modules | {ast.unparse(node) for node in nodes if isinstance(node, ast.Import)}
 
 
 def sections(path: Path) -> dict[str, list[str]]:
@@ -142,9 +144,10 @@ def test_names(agents):
 
 
 def test_imports(agents):
-    """Only the backend itself is imported by some scripts and not by all."""
+    """Two backends of an algorithm import the same modules, but for the backend itself."""
     for a, b in itertools.combinations(agents, 2):
-        assert imports(a) ^ imports(b) <= {"import gymnasium as gym"}, (a.name, b.name)
+        same = parts(a)[0] == parts(b)[0]
+        assert not same or imports(a) ^ imports(b) <= {"import gymnasium as gym"}, (a.name, b.name)
 
 
 def test_args(agents):
@@ -197,11 +200,11 @@ def test_every_flag_has_help(script, capsys, monkeypatch):
 
 
 def test_types_are_true(script):
-    """Every default has exactly the type of its field."""
+    """Every default has exactly the type of its field, or is one of its literals."""
     hints = typing.get_type_hints(script.Args)
     for name, field in script.Args.__dataclass_fields__.items():
         types = typing.get_args(hints[name]) or (hints[name],)
-        assert type(field.default) in types, f"{name} = {field.default!r}"
+        assert type(field.default) in types or field.default in types, f"{name} = {field.default!r}"
 
 
 IMPORT = """

@@ -13,7 +13,9 @@ import pytest
 from conftest import small_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-UPDATES = 99  # odd, so that delayed updates do not happen in the very steps that are logged
+# Odd, so that delayed updates do not happen in the very steps that are logged, and enough for MPO
+# to copy its target networks.
+UPDATES = 101
 # Long enough for an episode to end under random actions: cartpole has only its time limit.
 TASKS = {"dmc": ("cartpole-swingup", 1050), "gym": ("Hopper-v5", 350)}
 CONFIG = {"args", "versions", "commit", "device", "machine", "xla_flags"}
