@@ -28,9 +28,11 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -51,7 +53,7 @@ Params = Any  # a tree of Flax parameters
 
 def whole_number(strings: list[str]) -> int:
     """`["1e6"]` -> 1000000; tyro reports the ValueError of a fraction together with its flag."""
-    if float(strings[0]) != int(float(strings[0])):
+    if not float(strings[0]).is_integer():
         raise ValueError(f"{strings[0]} is not a whole number")
     return int(float(strings[0]))
 
@@ -146,7 +148,7 @@ def make_env(args: Args, seed: int, video_dir: Path | None):
     # MuJoCo's remarks on Gymnasium's models; its own handler would leave a MUJOCO_LOG.TXT, too.
     mujoco.set_mju_user_warning(logging.getLogger("mujoco").debug)
     kind, _, name = args.env_id.rpartition("old_gym/")
-    options = {"render_mode": "rgb_array" if video_dir else None}
+    options = {"render_mode": "rgb_array"} if video_dir else {}
     try:
         if kind == "" and name != args.env_id:
             env = wrappers("--env-id old_gym/").make_old_gym(name, **options)
@@ -189,7 +191,7 @@ class Environments:
 
     def reset(self, i: int, seed: int | None = None) -> np.ndarray:
         """Begins an episode of environment i, a fixed one if a seed is given; returns obs [O]."""
-        return self.envs[i].reset(seed=seed)[0].astype(np.float32)
+        return self.finite(self.envs[i].reset(seed=seed)[0].astype(np.float32))
 
     def reset_all(self) -> np.ndarray:
         """Begins the same first episodes as every time; returns obs [N, O]."""
@@ -209,9 +211,13 @@ class Environments:
             result = self.envs[i].step(native[i].reshape(self.space.shape).astype(self.space.dtype))
             next_obs[i], reward[i], terminated[i], truncated[i], _ = result
         truncated &= ~terminated
-        if not (np.isfinite(next_obs).all() and np.isfinite(reward).all()):
+        return self.finite(next_obs), self.finite(reward), terminated, truncated
+
+    def finite(self, values: np.ndarray) -> np.ndarray:
+        """The values, if learning can go on with them."""
+        if not np.isfinite(values).all():
             raise FloatingPointError("an observation or a reward is not finite")
-        return next_obs, reward, terminated, truncated
+        return values
 
     def close(self):
         """Finishes the film of an episode that was cut short."""
@@ -410,7 +416,7 @@ def newton_temperature(q, epsilon: float):
 
     Newton's method on log KL as a function of x = -log(temperature), which is a line of slope 2
     while the weights are nearly uniform. A step that leaves the bracket or fails to halve is
-    replaced by bisection. If even nearly greedy weights have a smaller KL, they are the solution.
+    replaced by bisection, which ends at nearly greedy weights if even these have a smaller KL.
     """
     q = q - q.max(axis=0, keepdims=True)
     scale = jnp.maximum(-q.min(), 1e-20)
@@ -440,10 +446,7 @@ def newton_temperature(q, epsilon: float):
     high = jnp.log(1e10)
     x = jnp.clip(jnp.log(jnp.sqrt(2 * epsilon) / q.std(axis=0).mean()), low, high)
     x, *_ = jax.lax.fori_loop(0, 12, iterate, (x, low, high, high - low))
-    return scale * jnp.exp(-jnp.where(kl_and_slope(high)[0] > epsilon, x, high))
-
-
-dual_and_slope = jax.jit(jax.value_and_grad(temperature_loss))
+    return scale * jnp.exp(-x)
 
 
 def slsqp_temperature(q, epsilon: float):
@@ -451,6 +454,7 @@ def slsqp_temperature(q, epsilon: float):
     # Scaled so that the answer is 1 if values are Gaussian: SLSQP's tolerance is absolute.
     q = q - q.max(axis=0, keepdims=True)
     scale = jnp.maximum(q.std(axis=0).mean() / jnp.sqrt(2 * epsilon), 1e-20)
+    dual_and_slope = jax.jit(jax.value_and_grad(temperature_loss))
 
     def minimise(q):
         def objective(temperature):
@@ -473,7 +477,7 @@ def multiplier(dual):
 
 def dual(multiplier: float):
     """The dual variable of a multiplier."""
-    return multiplier + jnp.log(-jnp.expm1(-multiplier))
+    return jnp.float32(multiplier) + jnp.log(-jnp.expm1(-multiplier))
 
 
 def solve_temperature(q, epsilon: float, dual, args: Args):
@@ -685,7 +689,7 @@ def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
     """`updates_per_step` updates of every seed, each on a minibatch of its own; metrics [S]."""
 
     def learn_once(state, _):
-        key, sample_key = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
+        key, sample_key = jax.vmap(lambda key: tuple(jax.random.split(key)))(state.key)
         batch = jax.vmap(partial(sample, args=args), in_axes=(0, None, 0, 0))(
             buffer.rows, buffer.count, state.moments, sample_key
         )
@@ -704,33 +708,48 @@ def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
 
 def check(args: Args):
     """Refuses values and combinations that cannot work, before anything compiles."""
-    may_be_zero = ("seed", "eval_frequency", "learning_starts", "target_entropy_scale")
+    may_be_zero = ("seed", "eval_frequency", "target_entropy_scale")
     may_be_zero += ("exploration_noise", "policy_noise", "noise_clip")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if type(value) in (int, float) and "log_std" not in name:
-            if not (value > 0 or value == 0 and name in may_be_zero):
-                fail(f"{flag} is out of range: it must be greater than 0.")
+            if not (0 < value < float("inf") or value == 0 and name in may_be_zero):
+                bound = "at least" if name in may_be_zero else "greater than"
+                fail(f"{flag} is out of range: it must be {bound} 0.")
             if name in ("gamma", "tau") and value > 1:
                 fail(f"{flag} is out of range: it must be at most 1.")
     if args.batch_size > args.buffer_size:
         fail(f"--batch-size {args.batch_size} must not exceed --buffer-size {args.buffer_size}.")
-    if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts must be below --total-timesteps {args.total_timesteps} to learn.")
+    last = args.total_timesteps // args.action_repeat * args.action_repeat
+    if not args.action_repeat <= args.learning_starts < last:
+        fail(
+            f"--learning-starts {args.learning_starts} cannot work: it must be at least "
+            f"--action-repeat {args.action_repeat} and below the last step {last}."
+        )
+    if "log_std_min" in vars(args) and args.log_std_min >= args.log_std_max:
+        fail(f"--log-std-min {args.log_std_min} must be below --log-std-max {args.log_std_max}.")
     if args.track and not importlib.util.find_spec("wandb"):
         fail("--track needs Weights & Biases; install it with: pip install wandb")
+
+
+def commit() -> str:
+    """The commit of this file's repository, with -dirty after changes; "" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    if not shutil.which("git"):
+        return ""
+    here = Path(__file__).resolve().parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
 
 
 def start_run(args: Args) -> Path:
     """Makes the run directory with config.json, what it takes to make the same run again."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or "runs/" + name.replace("/", "_").replace(":", "_"))
-    describe = f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40".split()
     packages = "jax jaxlib flax optax numpy dm_control mujoco gymnasium".split()
     config = {
         "args": vars(args),
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.platform()}, {platform.processor()}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -766,6 +785,14 @@ class Log:
         for tag, per_seed in values.items():
             for writer, value in zip(self.writers, per_seed):
                 writer.add_scalar(tag, value, step)
+
+    def losses(self, step: int, recent: deque):
+        """Adds the mean of each metric over recent updates, without those that skipped it (nan)."""
+        recent = jax.device_get(list(recent))
+        for name in recent[0]:
+            values = np.array([metrics[name] for metrics in recent])  # [updates, S]
+            if len(values := values[~np.isnan(values).any(axis=1)]):
+                self.scalars(step, {f"losses/{name}": values.mean(axis=0)})
 
     def episode(self, step: int, i: int, episode_return: float, length: int):
         """Adds an episode of training of the i-th seed."""
@@ -820,11 +847,13 @@ def main(args: Args):
     eval_envs = Environments(args, eval_seeds, run_dir / "videos" if args.capture_video else None)
     state = init(np.array(seeds), envs.obs_dim, envs.action_dim, args)
     buffer = make_buffer(envs.obs_dim, envs.action_dim, args)
-    obs = envs.reset_all()
     returns, lengths = np.zeros(args.num_seeds), np.zeros(args.num_seeds, int)
+    recent = deque(maxlen=100)  # metrics of the last updates, still on the device
 
     log = Log(args, run_dir)
+    step = 0
     try:
+        obs = envs.reset_all()
         for step in range(args.action_repeat, args.total_timesteps + 1, args.action_repeat):
             if step <= args.learning_starts:
                 action = np.stack([rng.uniform(-1, 1, envs.action_dim) for rng in rngs])
@@ -832,6 +861,7 @@ def main(args: Args):
                 action, key = explore(state, obs, args)
                 # Computes while the environments step.
                 state, metrics = learn(state._replace(key=key), buffer, args)
+                recent.append(metrics)
             action = np.asarray(action, np.float32)
             next_obs, reward, terminated, truncated = envs.step(action)
             ended = terminated | truncated
@@ -843,7 +873,7 @@ def main(args: Args):
                 log.episode(step, i, returns[i], lengths[i])
                 obs[i], returns[i], lengths[i] = envs.reset(i), 0, 0
             if step > args.learning_starts and step % args.log_frequency < args.action_repeat:
-                log.scalars(step, {f"{k}": v for k, v in jax.device_get(metrics).items()})
+                log.losses(step, recent)
             if args.eval_frequency and step % args.eval_frequency < args.action_repeat:
                 log.evaluation(step, *evaluate(state, eval_envs, args))
             log.bar.update(args.action_repeat)
@@ -857,4 +887,10 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    for flag, value in zip(sys.argv, sys.argv[1:]):
+        if value in ("True", "False"):
+            fail(f"{flag} takes no value: write {flag}, or --no-{flag.removeprefix('--')}.")
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        fail("Stopped before the first step.", code=130)

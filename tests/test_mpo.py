@@ -204,7 +204,7 @@ def solution(q, epsilon) -> float | None:
 
 @pytest.mark.backends("dmc")
 def test_newton_finds_the_temperature_at_every_scale(script):
-    """At most 3e-4 off in the attained KL; with no solution, the greediest weights."""
+    """In the attained KL, to float32 precision; with no solution, the greediest weights."""
     binding = []
 
     @settings(max_examples=400, deadline=None, derandomize=True, database=None)
@@ -217,10 +217,10 @@ def test_newton_finds_the_temperature_at_every_scale(script):
         assert np.isfinite(weights).all()
         binding.append(expected is not None)
         if binding[-1]:
-            assert attained_kl(q, temperature) == pytest.approx(epsilon, rel=3e-4)
+            assert attained_kl(q, temperature) == pytest.approx(epsilon, rel=3e-5)
             return
         scale = np.ptp(np.float64(q), axis=0).max()
-        assert attained_kl(q, temperature) <= epsilon * (1 + 3e-4)
+        assert attained_kl(q, temperature) <= epsilon * (1 + 3e-5)
         assert temperature <= max(1e-9 * scale, 1e-20)
 
     check()
@@ -243,15 +243,13 @@ def test_slsqp_agrees_with_newton(script, family):
 
 @pytest.mark.backends("dmc")
 def test_every_solver_runs_within_map_and_vmap(script):
-    """As `learn` calls it for several seeds, on CPUs and elsewhere; SLSQP traces once."""
+    """As `learn` calls it for several seeds, on CPUs and elsewhere."""
     q = np.stack([np.float32(normal_q(seed=seed) * 10**seed) for seed in range(3)])
     for solver in (script.newton_temperature, script.slsqp_temperature):
         solve = partial(solver, epsilon=EPSILON)
         alone = [float(jax.jit(solve)(x)) for x in q]
-        traces = script.dual_and_slope._cache_size()
         for together in (jax.vmap(solve), partial(jax.lax.map, solve)):
             np.testing.assert_allclose(jax.jit(together)(q), alone, rtol=1e-3)
-        assert script.dual_and_slope._cache_size() == traces
 
 
 def test_the_mean_kl_of_the_weights_is_the_bound(script):
@@ -280,6 +278,14 @@ def test_the_temperature_minimises_the_convex_dual(script):
     assert (np.diff(values, n=2) >= 0).all()
     ours = [script.temperature_loss(x, jnp.float32(q), EPSILON) for x in temperatures]
     np.testing.assert_allclose(ours, values, rtol=1e-5)
+
+
+def test_a_small_bound_is_met_in_spite_of_rounding(script):
+    """Where weights are nearly uniform, their KL is a small difference of large terms."""
+    q = 50 + normal_q()
+    for epsilon in (1e-3, 1e-4, 1e-5):
+        kl = attained_kl(np.float32(q), newton(script, q, epsilon))
+        assert kl == pytest.approx(epsilon, rel=1e-4)
 
 
 @pytest.mark.parametrize("samples, ratio", [(2, 1.059947), (20, 0.724863), (64, 0.521666)])
@@ -764,6 +770,7 @@ def test_targets_are_copies_every_period(script):
             assert moved(online, getattr(old, name))
             if number % 3 == 0:
                 assert_equal(target, online)
+                assert moved(target, getattr(old, f"target_{name}"))
             else:
                 assert_equal(target, getattr(old, f"target_{name}"))
         assert moved(state.duals, old.duals)
@@ -782,20 +789,21 @@ def test_losses_and_metrics_are_scalar(script):
 
 
 @pytest.mark.backends("dmc")
-def test_solvers_share_an_update(script):
-    """Newton's and SLSQP's temperatures lead to the same step; SLSQP is traced once for both."""
-    batch = random_batch(script)
-    results = []
+def test_solvers_share_an_update(script, monkeypatch):
+    """Temperatures of Newton and SLSQP lead to the same steps; the dual is traced only once."""
+    traces, original = [], script.temperature_loss
+    monkeypatch.setattr(
+        script, "temperature_loss", lambda *args: (traces.append(args), original(*args))[1]
+    )
+    batch, results = random_batch(script), []
     for solver in ("newton", "slsqp"):
         args = mpo_args(
             script, temperature_solver=solver, hidden_layers=0, target_network_frequency=3
         )
-        state = init(script, args)
-        before = script.dual_and_slope._cache_size()
+        state, update = init(script, args), jax.jit(partial(script.update, args=args))
         for _ in range(3):
-            state, metrics = compiled(script.update)(state, batch, args=args)
-        results.append((state.actor, metrics))
-        traced = script.dual_and_slope._cache_size() - before
-    assert traced == 1
-    for name, value in results[0][1].items():
-        np.testing.assert_allclose(results[1][1][name], value, rtol=2e-2, err_msg=name)
+            state, metrics = update(state, batch)
+        results.append(metrics)
+    assert len(traces) == 2  # for the values and for the penalty
+    for name, value in results[0].items():
+        np.testing.assert_allclose(results[1][name], value, rtol=2e-2, err_msg=name)

@@ -105,7 +105,9 @@ def test_logs_losses(run, scalars):
     args = run.args
     steps = [s for s in range(args.learning_starts + 1, args.total_timesteps + 1) if s % 10 == 0]
     for tag in logged:
-        assert [event.step for event in scalars[tag]] == steps
+        logged_at = [event.step for event in scalars[tag]]
+        # Before its first step a delayed network has nothing to log.
+        assert logged_at in (steps, steps[1:])
         assert any(math.isfinite(event.value) for event in scalars[tag]), f"{tag} is always nan"
 
 
