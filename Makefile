@@ -9,7 +9,7 @@ train: .venv/train
 	$(BIN)/python agents/sac_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
 test: .venv/test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 smoke: .venv/test
 	$(BIN)/python -m pytest tests/smoke
