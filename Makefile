@@ -1,6 +1,9 @@
 # `make train` and `make test` need Python 3.11 or 3.12 and set everything up in .venv.
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs (a shim may not), is new enough for us and old enough for dm_control.
+FITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c "$(FITS)" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
 .PHONY: train test smoke lint clean
@@ -21,7 +24,7 @@ clean:
 	rm -rf .venv
 
 .venv/train: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.12")'
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv found; name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
