@@ -17,6 +17,7 @@ Departs: LayerNorm in the critics (--no-layer-norm), observations normalised by 
 above 1 the entropy of the steps between is left out of the target.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -27,6 +28,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +43,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 Params = Any  # a tree of Flax parameters
@@ -74,6 +78,8 @@ class Args:
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
     run_dir: str | None = None  # a new directory; default runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: str | None = None  # directory of a run to continue, with its flags
+    evaluate: str | None = None  # directory of a run to evaluate, with its flags and no training
 
     env_id: str = "cartpole-swingup"  # task of the suite, domain-task
     total_timesteps: Int = 1_000_000  # environment steps of each seed
@@ -82,6 +88,7 @@ class Args:
     eval_episodes: Int = 10  # episodes of the greedy policy in an evaluation
     eval_max_steps: Int = 10_000  # ends evaluation episodes of tasks that have no time limit
     log_frequency: Int = 1_000  # environment steps between logged losses
+    checkpoint_frequency: Int = 25_000  # environment steps between checkpoints, 0 for none
 
     buffer_size: Int = 1_000_000  # transitions kept for replay
     learning_starts: Int = 5_000  # environment steps of uniformly random actions before learning
@@ -161,11 +168,14 @@ class Environments:
 
     Observations are float32 [N, O], the ravelled entries of each task's observation. Actions are in
     [-1, 1] and mapped to the bounds of each dimension here, nowhere else. With `video_dir` the
-    episodes of the first environment are filmed.
+    episodes of the first environment are filmed. An episode is a function of its seed and its
+    actions: repeating them brings an environment to where it was.
     """
 
     def __init__(self, args: Args, seeds, video_dir: Path | None = None):
         self.seeds = [int(seed) for seed in seeds]
+        self.episodes = np.zeros(len(self.seeds), int)  # begun so far
+        self.actions = [[] for _ in self.seeds]  # since the episode began, of [A] each
         self.envs = [make_env(args, s, None if i else video_dir) for i, s in enumerate(self.seeds)]
         spec = self.envs[0].action_spec()
         self.low, self.high = (np.broadcast_to(x, spec.shape) for x in (spec.minimum, spec.maximum))
@@ -174,15 +184,27 @@ class Environments:
         spec = self.envs[0].observation_spec().values()
         self.obs_dim, self.action_dim = sum(int(np.prod(x.shape)) for x in spec), self.low.size
 
-    def reset(self, i: int, seed: int | None = None) -> np.ndarray:
-        """Begins an episode of environment i, a fixed one if a seed is given; returns obs [O]."""
-        if seed is not None:
-            self.envs[i].task.random.seed(seed)
+    def reset(self, i: int) -> np.ndarray:
+        """Begins the next episode of environment i; returns obs [O]."""
+        seed, self.actions[i] = int(self.seeds[i] + self.episodes[i]) % 2**32, []
+        self.episodes[i] += 1
+        self.envs[i].task.random.seed(seed)
         return self.finite(self.ravel(self.envs[i].reset()))
 
     def reset_all(self) -> np.ndarray:
         """Begins the same first episodes as every time; returns obs [N, O]."""
-        return np.stack([self.reset(i, seed) for i, seed in enumerate(self.seeds)])
+        self.episodes[:] = 0
+        return np.stack([self.reset(i) for i in range(len(self.envs))])
+
+    def replay(self, episodes: np.ndarray, actions: list[np.ndarray]) -> np.ndarray:
+        """Repeats the actions [T, A] of the last episode of every environment; returns [N, O]."""
+        self.episodes, obs = episodes - 1, np.zeros((len(self.envs), self.obs_dim), np.float32)
+        for i, performed in enumerate(actions):
+            obs[i] = self.reset(i)
+            for action in performed:
+                everywhere = np.broadcast_to(action, (len(self.envs), self.action_dim))
+                obs[i] = self.step(everywhere, np.arange(len(self.envs)) == i)[0][i]
+        return obs
 
     def step(self, action: np.ndarray, active: np.ndarray | None = None):
         """Steps the active environments, by default all, with action [N, A].
@@ -195,6 +217,7 @@ class Environments:
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         native = self.low + (action.astype(np.float64) + 1) * (self.high - self.low) / 2
         for i in range(n) if active is None else np.flatnonzero(active):
+            self.actions[i].append(action[i])
             try:
                 timestep = self.envs[i].step(native[i])
             except RuntimeError as error:  # dm_control's PhysicsError
@@ -337,6 +360,9 @@ def normalize(obs, moments: Moments, args: Args):
     """Observations [..., O] with mean 0 and variance 1, clipped to [-10, 10]."""
     mean, std = (jnp.broadcast_to(x, obs.shape) for x in (moments.mean, jnp.sqrt(moments.var)))
     return jnp.clip((obs - mean) / (std + 1e-6), -10, 10) if args.normalize_obs else obs
+
+
+SQUASH = "tanh"  # what brings the mean of the policy to [-1, 1], for readers of policy.npz
 
 
 @partial(jax.jit, static_argnames="args")
@@ -531,7 +557,7 @@ def learn(state: State, buffer: Buffer, args: Args) -> tuple[State, dict]:
 
 def check(args: Args):
     """Refuses values and combinations that cannot work, before anything compiles."""
-    may_be_zero = ("seed", "eval_frequency", "target_entropy_scale")
+    may_be_zero = ("seed", "eval_frequency", "checkpoint_frequency", "target_entropy_scale")
     may_be_zero += ("exploration_noise", "policy_noise", "noise_clip")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
@@ -555,6 +581,33 @@ def check(args: Args):
         fail("--track needs Weights & Biases; install it with: pip install wandb")
 
 
+def flags() -> Args:
+    """The flags; with --resume or --evaluate those of the run, and the few that may differ."""
+    for flag, value in zip(sys.argv, sys.argv[1:]):
+        if value in ("True", "False"):
+            fail(f"{flag} takes no value: write {flag}, or --no-{flag.removeprefix('--')}.")
+    args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("A run can only be given to one of --resume and --evaluate.")
+    if not (run_dir := args.resume or args.evaluate):
+        return args
+    try:
+        saved = json.loads((Path(run_dir) / "config.json").read_text())["args"]
+        saved = Args(**saved | {"resume": args.resume, "evaluate": args.evaluate})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run_dir} is not the directory of a run of {Path(__file__).name} ({error}).")
+    args = tyro.cli(Args, default=saved)
+    may_differ = ("eval_episodes", "capture_video") if args.evaluate else ("total_timesteps",)
+    for name, value in vars(saved).items():
+        if (new := getattr(args, name)) != value and name not in may_differ:
+            fail(f"--{name.replace('_', '-')} {new} disagrees with the run, which has {value}.")
+    if args.total_timesteps < saved.total_timesteps:
+        fail(
+            f"--total-timesteps {args.total_timesteps} is below the run's {saved.total_timesteps}."
+        )
+    return args
+
+
 def commit() -> str:
     """The commit of this file's repository, with -dirty after changes; "" outside of one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
@@ -565,81 +618,145 @@ def commit() -> str:
 
 
 def start_run(args: Args) -> Path:
-    """Makes the run directory with config.json, what it takes to make the same run again."""
+    """Makes the run directory with config.json, what it takes to make the same run again.
+
+    In a directory that is resumed, config.json remembers under what the run went on.
+    """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or "runs/" + name.replace("/", "_").replace(":", "_"))
+    name = name.replace("/", "_").replace(":", "_")
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     packages = "jax jaxlib flax optax numpy dm_control mujoco gymnasium".split()
-    config = {
-        "args": vars(args),
+    machine = {
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.platform()}, {platform.processor()}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+    config = {"args": vars(args) | {"resume": None}, **machine, "resumed": []}
     try:
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+        if args.resume:
+            first = json.loads((run_dir / "config.json").read_text())
+            config = first | {"args": config["args"], "resumed": [*first["resumed"], machine]}
+            if other := [name for name in machine if machine[name] != first[name]]:
+                print(f"Other {' and '.join(other)} than before: numbers may differ, too.")
+        else:
+            run_dir.mkdir(parents=True)
+        (run_dir / "config.part").write_text(json.dumps(config, indent=2))
+        (run_dir / "config.part").replace(run_dir / "config.json")
     except OSError as error:
         fail(f"--run-dir {run_dir} must be new and writable: {error.strerror}.")
-    if args.track:  # sends what is written to TensorBoard files
+    if args.track:
         importlib.import_module("wandb").init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            name=run_dir.name, dir=run_dir, sync_tensorboard=True,
+            id=run_dir.name, resume="allow", dir=run_dir,
         )  # fmt: skip
     return run_dir
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that resumes the run, if it left a checkpoint."""
+    if checkpoints(run_dir):
+        return f"Continue with: python {sys.argv[0]} --resume {run_dir}"
+    return f"The log is in {run_dir}."
+
+
+def seeds(args: Args) -> range:
+    """The seeds trained side by side."""
+    return range(args.seed, args.seed + args.num_seeds)
+
+
+def log_files(run_dir: Path) -> dict[str, Path]:
+    """The files that only grow, by their names inside the run directory."""
+    files = [*run_dir.glob("eval.csv"), *run_dir.rglob("events.out.tfevents.*")]
+    return {str(path.relative_to(run_dir)): path for path in files}
 
 
 class Log:
     """One run's eval.csv, its TensorBoard files and its progress on the console."""
 
-    def __init__(self, args: Args, run_dir: Path):
-        self.args, self.start = args, time.time()
-        self.seeds = range(args.seed, args.seed + args.num_seeds)
+    def __init__(self, args: Args, run_dir: Path, step: int):
+        self.args, self.run_dir, self.start, self.first_step = args, run_dir, time.time(), step
         # TensorBoard shows a folder as a run: the run directory, or one for each of several seeds.
-        folders = [f"seed_{seed}" if args.num_seeds > 1 else "" for seed in self.seeds]
-        self.writers = [SummaryWriter(str(run_dir / folder)) for folder in folders]
-        self.csv = (run_dir / "eval.csv").open("w", buffering=1)
-        self.csv.write("global_step,seed,episode,return,length\n")
-        self.bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=None)
+        folders = [run_dir / (f"seed_{x}" if args.num_seeds > 1 else "") for x in seeds(args)]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        self.writers = [EventsWriter(str(folder / "events"), f".{step}") for folder in folders]
+        self.csv = (run_dir / "eval.csv").open("a")
+        if not self.csv.tell():
+            self.csv.write("global_step,seed,episode,return,length\n")
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=step, unit=" steps", dynamic_ncols=True,
+            disable=None,
+        )  # fmt: skip
 
-    def scalars(self, step: int, values: dict):
-        """Adds values [S] under each tag."""
-        for tag, per_seed in values.items():
-            for writer, value in zip(self.writers, per_seed):
-                writer.add_scalar(tag, value, step)
+    def rate(self, step: int) -> float:
+        """Environment steps per second of each seed since the run was started or resumed."""
+        return (step - self.first_step) / (time.time() - self.start)
+
+    def scalars(self, step: int, i: int, values: dict):
+        """Adds the value under each tag for the i-th seed."""
+        for tag, value in values.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(tag, value))
+            self.writers[i].write_event(event)
+        if self.args.track:
+            prefix = f"seed_{seeds(self.args)[i]}/" if self.args.num_seeds > 1 else ""
+            tagged = {prefix + tag: value for tag, value in values.items()}
+            importlib.import_module("wandb").log(tagged, step=step)
 
     def losses(self, step: int, recent: deque):
         """Adds the mean of each metric over recent updates, without those that skipped it (nan)."""
-        recent = jax.device_get(list(recent))
+        recent, means = jax.device_get(list(recent)), {}
         for name in recent[0]:
             values = np.array([metrics[name] for metrics in recent])  # [updates, S]
             if len(values := values[~np.isnan(values).any(axis=1)]):
-                self.scalars(step, {f"losses/{name}": values.mean(axis=0)})
+                means[f"losses/{name}"] = values.mean(axis=0)
+        for i in range(self.args.num_seeds):
+            self.scalars(step, i, {tag: mean[i] for tag, mean in means.items()})
+        self.flush()
 
     def episode(self, step: int, i: int, episode_return: float, length: int):
         """Adds an episode of training of the i-th seed."""
-        self.writers[i].add_scalar("charts/episodic_return", episode_return, step)
-        self.writers[i].add_scalar("charts/episodic_length", length, step)
-        self.writers[i].add_scalar("charts/SPS", step / (time.time() - self.start), step)
+        values = {"episodic_return": episode_return, "episodic_length": length}
+        values["SPS"] = self.rate(step)
+        self.scalars(step, i, {f"charts/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, returns: np.ndarray, lengths: np.ndarray):
         """Stores every evaluation episode, [S, E], and shows the mean return of each seed."""
-        for seed, *episodes in zip(self.seeds, returns, lengths):
-            for i, (episode_return, length) in enumerate(zip(*episodes)):
-                self.csv.write(f"{step},{seed},{i},{episode_return},{length}\n")
-        self.scalars(step, {"eval/episodic_return": returns.mean(axis=1)})
+        print(*csv_rows(step, self.args, returns, lengths), sep="\n", file=self.csv, flush=True)
+        for i, mean in enumerate(returns.mean(axis=1)):
+            self.scalars(step, i, {"eval/episodic_return": mean})
         text = "return " + " ".join(f"{x:.1f}" for x in returns.mean(axis=1))
         self.bar.set_postfix_str(text)
         if self.bar.disable:
-            rate = step / (time.time() - self.start)
-            left = datetime.timedelta(seconds=round((self.args.total_timesteps - step) / rate))
-            print(f"step {step}: {text}, {rate:.0f} steps/s, {left} left", flush=True)
+            seconds = (self.args.total_timesteps - step) / self.rate(step)
+            left = datetime.timedelta(seconds=round(seconds))
+            print(f"step {step}: {text}, {self.rate(step):.0f} steps/s, {left} left", flush=True)
+
+    def flush(self):
+        """Puts on the disk what was logged so far."""
+        for file in (*self.writers, self.csv):
+            file.flush()
+        os.fsync(self.csv.fileno())
 
     def close(self):
-        """Puts everything on disk."""
+        """Puts everything on disk, or what still fits there."""
         for file in (*self.writers, self.csv, self.bar):
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def csv_rows(step: int, args: Args, returns: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """The rows of eval.csv for evaluation episodes [S, E]."""
+    pairs = np.ndindex(returns.shape)
+    return [f"{step},{args.seed + i},{k},{returns[i, k]},{lengths[i, k]}" for i, k in pairs]
+
+
+def eval_environments(args: Args, run_dir: Path) -> Environments:
+    """The environments of all evaluation episodes, seed after seed."""
+    streams = [np.random.SeedSequence(seed).spawn(3)[2] for seed in seeds(args)]
+    env_seeds = np.concatenate([stream.generate_state(args.eval_episodes) for stream in streams])
+    return Environments(args, env_seeds, run_dir / "videos" if args.capture_video else None)
 
 
 def evaluate(state: State, envs: Environments, args: Args):
@@ -656,28 +773,196 @@ def evaluate(state: State, envs: Environments, args: Args):
     return returns.reshape(groups), lengths.reshape(groups)
 
 
+def write_npz(path: Path, arrays: dict):
+    """Writes named arrays whole or not at all; the zip format holds a checksum of each."""
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def named(tree) -> dict:
+    """The leaves of a tree by their names, such as state/log_alpha."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def readable(state: State) -> State:
+    """The state with the data of its keys, which a file can hold."""
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    paths = (run_dir / "checkpoint").glob("[0-9]*.npz")
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+
+def save(log, step: int, state: State, buffer: Buffer, envs: Environments, recent, **loop):
+    """Writes policy.npz and checkpoint/{step}.npz, and removes all but the checkpoint before.
+
+    `loop` is what else the loop carries along. Environments are saved as the actions to repeat, and
+    of the log files their sizes.
+    """
+    log.flush()
+    actions = [np.reshape(performed, (-1, envs.action_dim)) for performed in envs.actions]
+    tree = {
+        "state": readable(state),
+        "buffer": buffer._replace(rows=np.asarray(buffer.rows)[:, : int(buffer.count)]),
+        "loop": loop | {"episodes": envs.episodes},
+        "recent": jax.tree.map(lambda *x: np.stack(x), *recent) if recent else {},
+        "actions": dict(enumerate(actions)),
+        "sizes": {name: path.stat().st_size for name, path in log_files(log.run_dir).items()},
+    }
+    try:
+        save_policy(log.run_dir, state, envs, log.args)
+        if log.args.checkpoint_frequency:
+            (log.run_dir / "checkpoint").mkdir(exist_ok=True)
+            write_npz(log.run_dir / "checkpoint" / f"{step}.npz", named(tree))
+    except OSError as error:
+        print(f"Nothing saved at step {step}: {error.strerror}.", file=sys.stderr)
+    for old in checkpoints(log.run_dir)[2:]:
+        old.unlink()
+
+
+def load(run_dir: Path, state: State, **others) -> tuple[int, State, dict, dict]:
+    """The newest checkpoint that is whole: its step, its state, the others, and what is left over.
+
+    All that is asked for must have the names, shapes and types of what is given; only the buffer
+    may have fewer rows.
+    """
+    template = {"state": readable(state)} | others
+    for path in checkpoints(run_dir):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            if "buffer" in others:
+                spare = others["buffer"].rows.shape[1] - arrays["buffer/rows"].shape[1]
+                arrays["buffer/rows"] = np.pad(arrays["buffer/rows"], ((0, 0), (0, spare), (0, 0)))
+            for name, x in named(template).items():
+                kind, wanted = (f"{y.dtype} {list(y.shape)}" for y in (arrays[name], x))
+                if kind != wanted:
+                    raise ValueError(f"{name} is {kind} instead of {wanted}")
+            values = [arrays.pop(name) for name in named(template)]
+        except Exception as error:  # a damaged file can fail in any way
+            print(f"{path} is damaged and passed over: {error}", file=sys.stderr)
+            continue
+        tree = jax.tree.unflatten(jax.tree.structure(template), values)
+        state = jax.tree.map(jnp.asarray, tree.pop("state"))
+        state = state._replace(key=jax.random.wrap_key_data(state.key))
+        return int(path.stem), state, tree, arrays
+    fail(f"{run_dir} has no checkpoint to go on from; start the run again in a new directory.")
+
+
+def resume(args: Args, state: State, buffer: Buffer, envs: Environments):
+    """Step, state, buffer, obs, returns, lengths and recent metrics of the run as it was saved.
+
+    The environments repeat their episodes, and what was logged since then is taken off the files.
+    """
+    run_dir, zeros = Path(args.resume), np.zeros(args.num_seeds)
+    obs = np.zeros((args.num_seeds, envs.obs_dim), np.float32)
+    loop = {"obs": obs, "returns": zeros, "lengths": zeros.astype(int), "episodes": envs.episodes}
+    step, state, saved, rest = load(run_dir, state, buffer=buffer, loop=loop)
+    loop, buffer = saved["loop"], jax.tree.map(jnp.asarray, saved["buffer"])
+    obs = envs.replay(loop["episodes"], [rest[f"actions/{i}"] for i in range(args.num_seeds)])
+    for i in np.flatnonzero((obs != loop["obs"]).any(axis=1)):
+        print(f"{args.env_id} does not repeat an episode: seed {args.seed + i} begins a new one.")
+        obs[i], loop["returns"][i], loop["lengths"][i] = envs.reset(i), 0, 0
+    metrics = {x.removeprefix("recent/"): rest[x] for x in rest if x.startswith("recent/")}
+    recent = deque([dict(zip(metrics, x)) for x in zip(*metrics.values())], maxlen=100)
+    for name, path in log_files(run_dir).items():
+        if f"sizes/{name}" in rest:
+            os.truncate(path, rest[f"sizes/{name}"])
+        else:
+            path.unlink()
+    print(f"Going on at step {step} of {args.total_timesteps}.", flush=True)
+    return step, state, buffer, obs, loop["returns"], loop["lengths"], recent
+
+
+def save_policy(run_dir: Path, state: State, envs: Environments, args: Args):
+    """Writes policy.npz, the greedy policies of all seeds for a function of NumPy (README.md)."""
+    layers = [*(f"Dense_{i}" for i in range(args.hidden_layers)), "head"]
+    mean, std = state.moments.mean, jnp.sqrt(state.moments.var) + 1e-6
+    arrays = {
+        "obs_mean": mean if args.normalize_obs else jnp.zeros_like(mean),
+        "obs_std": std if args.normalize_obs else jnp.ones_like(std),
+        "obs_clip": 10.0 if args.normalize_obs else np.inf,
+        "squash": SQUASH,
+        "low": envs.low,
+        "high": envs.high,
+    }
+    for i, layer in enumerate(layers):
+        for name, x in state.actor["params"][layer].items():  # the head's first half is the mean
+            arrays[f"{name}_{i}"] = x[..., : envs.action_dim] if layer == "head" else x
+    write_npz(run_dir / "policy.npz", arrays)
+
+
+@contextlib.contextmanager
+def signals():
+    """Collects Ctrl-C and SIGTERM for the loop, which ends after its step; a second ends it now."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def evaluate_run(args: Args):
+    """Prints the episodes of the newest checkpoint's greedy policy as rows of eval.csv."""
+    run_dir = Path(args.evaluate)
+    envs = eval_environments(args, run_dir)
+    state = init(np.array(seeds(args)), envs.obs_dim, envs.action_dim, args)
+    step, state, *_ = load(run_dir, state)
+    rows = csv_rows(step, args, *evaluate(state, envs, args))
+    envs.close()
+    print("global_step,seed,episode,return,length", *rows, sep="\n")
+
+
+def due(step: int, frequency: int, args: Args) -> bool:
+    """Whether something that happens every `frequency` environment steps happens at this one."""
+    return frequency > 0 and step % frequency < args.action_repeat
+
+
 def main(args: Args):
     """Alg. 1 for every seed in lockstep; `step` counts the environment steps of one seed."""
     check(args)
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    streams = [np.random.SeedSequence(seed).spawn(3) for seed in seeds]
-    rngs = [np.random.default_rng(warm_up) for warm_up, _, _ in streams]
+    if args.evaluate:
+        return evaluate_run(args)
+    streams = [np.random.SeedSequence(seed).spawn(3) for seed in seeds(args)]
     envs = Environments(args, [train.generate_state(1)[0] for _, train, _ in streams])
-    run_dir = start_run(args)
-    eval_seeds = np.concatenate([test.generate_state(args.eval_episodes) for _, _, test in streams])
-    eval_envs = Environments(args, eval_seeds, run_dir / "videos" if args.capture_video else None)
-    state = init(np.array(seeds), envs.obs_dim, envs.action_dim, args)
+    shape = (args.learning_starts // args.action_repeat, envs.action_dim)
+    warm_up = [np.random.default_rng(stream).uniform(-1, 1, shape) for stream, _, _ in streams]
+    state = init(np.array(seeds(args)), envs.obs_dim, envs.action_dim, args)
     buffer = make_buffer(envs.obs_dim, envs.action_dim, args)
-    returns, lengths = np.zeros(args.num_seeds), np.zeros(args.num_seeds, int)
+    step, returns, lengths = 0, np.zeros(args.num_seeds), np.zeros(args.num_seeds, int)
     recent = deque(maxlen=100)  # metrics of the last updates, still on the device
+    if args.resume:
+        step, state, buffer, obs, returns, lengths, recent = resume(args, state, buffer, envs)
+    run_dir = start_run(args)
+    eval_envs, log = eval_environments(args, run_dir), Log(args, run_dir, step)
+    cleanup = contextlib.ExitStack()
+    received = cleanup.enter_context(signals())
+    cleanup.callback(log.close)
+    cleanup.callback(eval_envs.close)
 
-    log = Log(args, run_dir)
-    step = 0
     try:
-        obs = envs.reset_all()
-        for step in range(args.action_repeat, args.total_timesteps + 1, args.action_repeat):
+        obs = obs if args.resume else envs.reset_all()
+        for step in range(step + args.action_repeat, args.total_timesteps + 1, args.action_repeat):
             if step <= args.learning_starts:
-                action = np.stack([rng.uniform(-1, 1, envs.action_dim) for rng in rngs])
+                action = np.stack([actions[step // args.action_repeat - 1] for actions in warm_up])
             else:
                 action, key = explore(state, obs, args)
                 # Computes while the environments step.
@@ -693,25 +978,27 @@ def main(args: Args):
             for i in np.flatnonzero(ended):
                 log.episode(step, i, returns[i], lengths[i])
                 obs[i], returns[i], lengths[i] = envs.reset(i), 0, 0
-            if step > args.learning_starts and step % args.log_frequency < args.action_repeat:
+            if step > args.learning_starts and due(step, args.log_frequency, args):
                 log.losses(step, recent)
-            if args.eval_frequency and step % args.eval_frequency < args.action_repeat:
+            if due(step, args.eval_frequency, args):
                 log.evaluation(step, *evaluate(state, eval_envs, args))
             log.bar.update(args.action_repeat)
+            last = received or step + args.action_repeat > args.total_timesteps
+            if last or due(step, args.checkpoint_frequency, args):
+                loop = {"obs": obs, "returns": returns, "lengths": lengths}
+                save(log, step, state, buffer, envs, recent, **loop)
+            if received:
+                fail(f"Stopped at step {step}. {how_to_go_on(run_dir)}", code=128 + received[0])
     except FloatingPointError as error:
-        fail(f"{args.env_id} broke down at step {step}: {error}. The log is in {run_dir}.", code=1)
-    except KeyboardInterrupt:
-        fail(f"Stopped at step {step}. The log is in {run_dir}.", code=130)
+        fail(f"{args.env_id} broke down at step {step}: {error}. {how_to_go_on(run_dir)}", code=1)
+    except OSError as error:
+        fail(f"Writing failed at step {step}: {error}. {how_to_go_on(run_dir)}", code=1)
     finally:
-        eval_envs.close()
-        log.close()
+        cleanup.close()
 
 
 if __name__ == "__main__":
-    for flag, value in zip(sys.argv, sys.argv[1:]):
-        if value in ("True", "False"):
-            fail(f"{flag} takes no value: write {flag}, or --no-{flag.removeprefix('--')}.")
     try:
-        main(tyro.cli(Args))
+        main(flags())
     except KeyboardInterrupt:
         fail("Stopped before the first step.", code=130)

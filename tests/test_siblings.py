@@ -18,8 +18,8 @@ from conftest import REPOSITORY, parts
 
 # The names whose text is the algorithm.
 ROLES = {
-    "Args", "State", "policy", "init", "act", "explore", "td_target", "actor_loss", "update",
-    "main",
+    "Args", "State", "policy", "init", "SQUASH", "act", "explore", "td_target", "actor_loss",
+    "update", "main",
 }  # fmt: skip
 SECTIONS = [
     "environments", "networks", "state", "acting", "learning", "replay buffer", "running",
