@@ -1143,6 +1143,7 @@ def main(args: Args):
         return evaluate_run(args)
     streams = [np.random.SeedSequence(seed).spawn(3) for seed in seeds(args)]
     envs = Environments(args, [train.generate_state(1)[0] for _, train, _ in streams])
+    run_dir = start_run(args)
     shape = (args.learning_starts // args.action_repeat, envs.action_dim)
     warm_up = [np.random.default_rng(stream).uniform(-1, 1, shape) for stream, _, _ in streams]
     state = init(np.array(seeds(args)), envs.obs_dim, envs.action_dim, args)
@@ -1151,7 +1152,6 @@ def main(args: Args):
     recent = deque(maxlen=100)  # metrics of the last updates, still on the device
     if args.resume:
         step, state, buffer, obs, returns, lengths, recent = resume(args, state, buffer, envs)
-    run_dir = start_run(args)
     eval_envs, log = eval_environments(args, run_dir), Log(args, run_dir, step)
     cleanup = contextlib.ExitStack()
     received = cleanup.enter_context(signals())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, small_args
@@ -28,6 +29,14 @@ GYM_IDS = [
     for env_id, spec in gym.registry.items()
     if str(spec.entry_point).startswith("gymnasium.envs.mujoco") and env_id.endswith("-v5")
 ]
+
+
+@pytest.fixture(autouse=True)
+def without_key_checks():
+    """Thousands of steps take twice the time with them; test_runs.py has them on."""
+    jax.config.update("jax_debug_key_reuse", False)
+    yield
+    jax.config.update("jax_debug_key_reuse", True)
 
 
 def flags(script, run_dir: Path, **changes):

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 UPDATES = 101
 # Long enough for an episode to end under random actions: cartpole has only its time limit.
 TASKS = {"dmc": ("cartpole-swingup", 1050), "gym": ("Hopper-v5", 350)}
-CONFIG = {"args", "versions", "commit", "device", "machine", "xla_flags"}
+CONFIG = {"args", "versions", "commit", "device", "machine", "xla_flags", "resumed"}
 
 
 class Run(NamedTuple):
