@@ -34,8 +34,9 @@ COLUMNS = ["global_step", "seed", "episode", "return", "length"]  # of eval.csv
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 # Flags that may differ between the seeds of one curve.
-FREE = ("seed", "num_seeds", "run_dir", "resume", "total_timesteps", "track", "wandb_project_name")
-FREE += ("wandb_entity", "capture_video", "checkpoint_frequency", "log_frequency")
+FREE = ("seed", "num_seeds", "total_timesteps", "run_dir", "resume", "evaluate", "track")
+FREE += ("wandb_project_name", "wandb_entity", "capture_video")
+FREE += ("checkpoint_frequency", "log_frequency")
 EARLIER = "an earlier JAX implementation (2021)"
 
 
@@ -102,8 +103,8 @@ def read_returns(run: Path, eval_episodes: int) -> pd.DataFrame:
     return groups.mean()[groups.size() == eval_episodes].unstack("seed")
 
 
-def read_events(path: Path) -> list[tuple[int, float]]:
-    """Step and time of a TensorBoard file's start (step 0) and evaluations, without TensorBoard.
+def read_events(path: Path) -> list[tuple[int, float, bool]]:
+    """Step, time and whether it is an evaluation, of a TensorBoard file's start and numbers.
 
     A record is its length (8 bytes), a checksum (4), an Event and a checksum (4).
     """
@@ -116,8 +117,8 @@ def read_events(path: Path) -> list[tuple[int, float]]:
             break
         event = Event.FromString(data[start + 12 : start + 12 + length])
         start += length + 16
-        if not events or any(x.tag == "eval/episodic_return" for x in event.summary.value):
-            events.append((event.step if events else 0, event.wall_time))
+        evaluation = any(x.tag == "eval/episodic_return" for x in event.summary.value)
+        events.append((event.step, event.wall_time, evaluation))
     return events
 
 
@@ -126,11 +127,12 @@ def read_minutes(run: Path) -> pd.Series:
     path = run / "wall.csv"
     files = sorted(run.rglob("events.out.tfevents.*"), key=lambda x: (x.name, x))
     if files:
-        seconds = {}  # step -> seconds
+        clock, seconds = {}, {}  # step -> seconds; of evaluations only
         for file in (file for file in files if file.parent == files[0].parent):
-            (_, start), *events = read_events(file) or [(0, 0)]
-            before = max((v for s, v in seconds.items() if events and s < events[0][0]), default=0)
-            seconds |= {step: round(before + time - start) for step, time in events}
+            (_, start, _), *events = read_events(file) or [(0, 0.0, False)]
+            before = max((v for s, v in clock.items() if events and s < events[0][0]), default=0)
+            clock |= {step: before + time - start for step, time, _ in events}
+            seconds |= {step: round(clock[step]) for step, _, evaluation in events if evaluation}
         table = pd.Series(seconds, dtype=int, name="seconds").rename_axis("global_step")
         table.sort_index().to_csv(path)  # small enough to be committed, unlike the events
     if not path.exists():
@@ -456,8 +458,9 @@ def runs_table(curves: dict[str, dict[str, Curves]]) -> str:
             seeds = ", ".join(map(str, sorted(returns)))
             ends = sorted({int(returns[seed].last_valid_index()) for seed in returns})
             reached = " to ".join(map(steps_text, dict.fromkeys((ends[0], ends[-1]))))
-            commits = sorted({config.get("commit", "")[:10] or "?" for config in configs})
-            devices = sorted({config.get("device", "?") for config in configs})
+            parts = [part for config in configs for part in (config, *config.get("resumed", ()))]
+            commits = sorted({part.get("commit", "")[:10] or "?" for part in parts})
+            devices = sorted({part.get("device", "?") for part in parts})
             line = [env_id, name, seeds, reached, ", ".join(commits), ", ".join(devices)]
             lines.append(line)
             for flag in configs[0]["args"].keys() - set(FREE):

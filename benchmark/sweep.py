@@ -30,8 +30,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Before Ray is imported: no telemetry, and no opinion on tasks that want no GPU.
+# Before Ray is imported: no telemetry, time to start on a machine whose cores are busy (by default
+# 15 seconds), and no opinion on tasks that want no GPU.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
@@ -39,7 +41,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("env_id", "seed", "total_timesteps", "run_dir", "resume")  # flags of scripts that we set
+OURS = ("env_id", "seed", "total_timesteps", "run_dir", "resume", "evaluate")  # not after --
 PASSED_ON = ("JAX_", "XLA_", "MUJOCO_")  # variables that the scripts see on every node
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 BAD_USAGE = 2  # exit code of a script that refuses its flags
@@ -204,6 +206,7 @@ def execute(command: list[str], env: dict, core: int | None, core_file, log) -> 
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         pass_fds=[core_file.fileno()], preexec_fn=before_script,
+        start_new_session=True,  # a terminal's Ctrl-C would be the first of two signals
     )  # fmt: skip
     try:
         while process.poll() is None:
@@ -297,6 +300,8 @@ def connect(args: Args):
             )
     except ConnectionError as error:
         fail(f"--address {args.address}: {str(error).splitlines()[0]}")
+    except Exception as error:  # Ray raises plain ones, as when a busy machine takes too long
+        fail(f"Ray did not start: {str(error).splitlines()[0]}", code=1)
     most = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
     if args.gpus_per_run > most:
         fail(f"--gpus-per-run {args.gpus_per_run} is more than Ray finds: {most:g} on a node.")

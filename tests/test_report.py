@@ -145,11 +145,11 @@ def test_minutes_without_pauses(tmp_path):
             patch.setattr("time.time", lambda: start)  # noqa: B023
             writer = SummaryWriter(str(tmp_path), filename_suffix=str(start))
             for i, step in enumerate(steps):
-                for tag in ("losses/qf_loss", "eval/episodic_return"):
-                    writer.add_scalar(tag, 1.0, step, walltime=start + 60 * (i + 1))
+                writer.add_scalar("losses/qf_loss", 1.0, step - 5, walltime=start + 60 * i + 30)
+                writer.add_scalar("eval/episodic_return", 1.0, step, walltime=start + 60 * (i + 1))
             writer.close()
     (tmp_path / "events.out.tfevents.9").write_bytes(b"\x09" + bytes(20))  # cut off
-    expected = {10: 1, 20: 2, 30: 3, 40: 4}
+    expected = {10: 1, 20: 2, 30: 3, 40: 4}  # the second began at 10
     assert report.read_minutes(tmp_path).to_dict() == expected
     for file in tmp_path.glob("events*"):
         file.unlink()

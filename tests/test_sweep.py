@@ -23,6 +23,15 @@ import sweep  # noqa: E402
 SWEEP, FAKE = REPOSITORY / "benchmark" / "sweep.py", REPOSITORY / "tests" / "fake_agent.py"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compilations(tmp_path_factory):
+    """What one script has compiled serves the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A node of one core, to which tests may add others."""
@@ -37,11 +46,12 @@ def start(results: Path, agent, env_ids, seeds, steps: int, *flags) -> subproces
     """The sweep's command in a process of its own; `flags` after -- go to the scripts."""
     command = [sys.executable, SWEEP, "--agents", agent, "--env-ids", *env_ids, "--seeds", *seeds]
     command += ["--total-timesteps", steps, "--results-dir", results, *flags]
+    command = [str(x) for x in command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(x) for x in command], **pipes)
+    return subprocess.Popen(command, **pipes)
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 200):
     """Returns once `condition()` is true."""
     end = time.time() + seconds
     while not condition():
@@ -144,7 +154,7 @@ def test_failures_and_leftovers(tmp_path):
     undisturbed(results / "fake_agent__well__2", 2, 60)
     (results / "fake_agent__well__2" / "checkpoint" / "state.json").write_text("{")
     process = start(results, FAKE, ["well", "breaks-once", "breaks", "refuses"], [0, 1, 2], 100)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 1, output
     assert "\n6 of 12 runs failed.\n" in output
     assert output.count("exit code 1.") == output.count("exit code 2.") == 3
@@ -163,7 +173,7 @@ def test_failures_and_leftovers(tmp_path):
     assert aside.name.startswith("fake_agent__well__2") and (aside / "eval.csv").exists()
 
     again = start(results, FAKE, ["well"], [0, 1, 2], 100)
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=400)
     assert again.returncode == 0 and "3 runs" in output and "0 to do" in output
 
 
@@ -175,14 +185,14 @@ def test_interrupted(cluster, tmp_path, number, code):
     process = start(tmp_path, FAKE, *options)
     wait_for(lambda: any(tmp_path.glob("*/eval.csv")) and not time.sleep(1))
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == code and "goes on from the checkpoints" in output, output
     states = list(tmp_path.glob("*/checkpoint/state.json"))
     assert len(states) == 1 and not is_running(run)  # the node has one core
     assert 0 < json.loads(states[0].read_text())["step"] < 200
     if number == signal.SIGINT:
         process = start(tmp_path, FAKE, *options)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         for seed in (0, 1):
             expected = undisturbed(tmp_path / str(seed), seed, 200)
@@ -191,17 +201,29 @@ def test_interrupted(cluster, tmp_path, number, code):
 
 def test_lost_node(cluster, tmp_path):
     """A node is removed in the middle of its run: the other one finishes it, with equal results."""
-    seeds, steps = [0, 1], 300
-    expected = {seed: undisturbed(tmp_path / str(seed), seed, steps) for seed in seeds}
+    script, task = REPOSITORY / "agents" / "sac_dmc.py", "cartpole-swingup"
+    small = "--hidden-width 16 --batch-size 8 --learning-starts 100 --checkpoint-frequency 300"
+    small += " --eval-frequency 1000 --eval-episodes 2 --eval-max-steps 50"
+    steps, results = 6_000, tmp_path / "results"
+    undisturbed = [
+        subprocess.Popen(
+            [sys.executable, script, "--env-id", task, "--seed", str(seed), *small.split()]
+            + ["--total-timesteps", str(steps), "--run-dir", tmp_path / str(seed)]
+        )
+        for seed in (0, 1)
+    ]
+    assert [process.wait(400) for process in undisturbed] == [0, 0]
+
     node = cluster.add_node(num_cpus=1)
-    results = tmp_path / "results"
-    options = ("--address", cluster.address, "--", "--step-seconds", 0.02)
-    process = start(results, FAKE, ["well"], seeds, steps, *options)
-    wait_for(lambda: len(list(results.glob("*/eval.csv"))) == 2 and not time.sleep(2))
+    options = ("--address", cluster.address, "--", *small.split())
+    process = start(results, "sac_dmc", [task], [0, 1], steps, *options)
+    wait_for(lambda: len({path.parent for path in results.glob("*/checkpoint/*.npz")}) == 2, 400)
     cluster.remove_node(node, allow_graceful=False)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    for seed in seeds:
-        assert (results / f"fake_agent__well__{seed}" / "eval.csv").read_bytes() == expected[seed]
+    for seed in (0, 1):
+        expected = (tmp_path / str(seed) / "eval.csv").read_bytes()
+        assert expected.count(b"\n") == 1 + 6 * 2
+        assert (results / f"sac_dmc__{task}__{seed}" / "eval.csv").read_bytes() == expected
     logs = "".join(path.read_text() for path in (results / "logs").iterdir())
-    assert logs.count("$ ") == 3 and logs.count("--resume") == 1
+    assert logs.count("$ ") == 3 and logs.count("--resume") == logs.count("Going on at step") == 1
