@@ -23,12 +23,13 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 # Before Ray is imported: no telemetry, time to start on a machine whose cores are busy (by default
 # 15 seconds), and no opinion on tasks that want no GPU.
@@ -47,6 +48,21 @@ PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 BAD_USAGE = 2  # exit code of a script that refuses its flags
 
 
+def whole_number(strings: list[str]) -> int:
+    """`["1e6"]` -> 1000000, as the scripts read it."""
+    if not float(strings[0]).is_integer():
+        raise ValueError(f"{strings[0]} is not a whole number")
+    return int(float(strings[0]))
+
+
+Int = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        1, "INT", whole_number, lambda value: isinstance(value, int), lambda value: [str(value)]
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Runs every agent on every task with every seed; flags of the scripts follow after --."""
@@ -54,7 +70,7 @@ class Args:
     agents: tuple[str, ...]  # scripts in agents/ by name (sac_dmc), or paths of others
     env_ids: tuple[str, ...]  # tasks
     seeds: tuple[int, ...]  # a run for each; with -- --num-seeds N a group of N begins at each
-    total_timesteps: int  # environment steps of each run
+    total_timesteps: Int  # environment steps of each run
     results_dir: Path = ROOT / "benchmark" / "results" / "curves"  # run directories go here
     address: str | None = None  # Ray cluster to join, `auto` for the one this machine is part of
     jobs: int | None = None  # runs at a time on this machine; default one for each core
@@ -290,6 +306,9 @@ def connect(args: Args):
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if args.address:
+            host, _, port = args.address.rpartition(":")
+            if port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(args.address, **quiet)
         else:
             # Results are files, so the object store is as small as Ray allows.
@@ -298,7 +317,7 @@ def connect(args: Args):
             ray.init(
                 "local", num_cpus=cores, object_store_memory=store, include_dashboard=False, **quiet
             )
-    except ConnectionError as error:
+    except OSError as error:
         fail(f"--address {args.address}: {str(error).splitlines()[0]}")
     except Exception as error:  # Ray raises plain ones, as when a busy machine takes too long
         fail(f"Ray did not start: {str(error).splitlines()[0]}", code=1)

@@ -37,12 +37,14 @@ def cluster():
     """A node of one core, to which tests may add others."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     yield cluster
     cluster.shutdown()
 
 
-def start(results: Path, agent, env_ids, seeds, steps: int, *flags) -> subprocess.Popen:
+def start(results: Path, agent, env_ids, seeds, steps, *flags) -> subprocess.Popen:
     """The sweep's command in a process of its own; `flags` after -- go to the scripts."""
     command = [sys.executable, SWEEP, "--agents", agent, "--env-ids", *env_ids, "--seeds", *seeds]
     command += ["--total-timesteps", steps, "--results-dir", results, *flags]
@@ -107,7 +109,7 @@ def test_evaluated(tmp_path, rows, step, compressed):
 def test_dry_run(tmp_path):
     """The commands, to be pasted in the repository's folder; nothing is run."""
     output, _ = start(
-        tmp_path / "x", "sac_dmc", ["walker-walk"], [3], 250, "--dry-run", "--", "--tau", 0.01
+        tmp_path / "x", "sac_dmc", ["walker-walk"], [3], "2.5e2", "--dry-run", "--", "--tau", 0.01
     ).communicate()
     assert output == (
         "# start sac_dmc__walker-walk__3\npython agents/sac_dmc.py --env-id walker-walk --seed 3 "
@@ -141,6 +143,14 @@ def test_bad_usage(tmp_path, capsys, changes, flags, message):
     with pytest.raises(SystemExit, match="2"):
         sweep.main(args, flags)
     assert message in capsys.readouterr().err
+
+
+def test_no_cluster(tmp_path, capsys):
+    """Nobody listens at the address."""
+    args = sweep.Args(("sac_dmc",), ("x",), (0,), 10, tmp_path, address="127.0.0.1:1")
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main(args, [])
+    assert "--address 127.0.0.1:1: " in capsys.readouterr().err
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
