@@ -37,6 +37,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}  # modules
+TORCH = {"eager": "PyTorch", "compile": "PyTorch, torch.compile"}  # torch_updates.py
 UNITS = {
     "updates": "ms/update = s per 1000 updates",
     "steps": "environment steps/s",
@@ -57,8 +58,8 @@ class Args:
     """Measures the scripts in agents/ beside Stable-Baselines3 and SBX."""
 
     measure: Literal["updates", "steps", "memory", "startup"]  # what to measure
-    agents: tuple[str, ...] = ("sac", "td3")  # algorithms; one that no rival has is measured alone
-    rivals: tuple[str, ...] = tuple(RIVALS)  # whom to measure beside us
+    agents: tuple[str, ...] = ("sac", "td3", "mpo")  # algorithms
+    rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
     repeats: int = 7  # rounds, in each of which every side measures once
     updates: int = 500  # timed updates of a round, for --measure updates
     steps: int = 4_000  # timed environment steps of a round, for --measure steps
@@ -227,6 +228,23 @@ def rival_steps(library: str, agent: str, steps: int):
         del model, wait  # the buffer goes before the next one comes
 
 
+def torch_updates(mode: str, agent: str, updates: int):
+    """Times our update in plain PyTorch, and its compiled form, as `our_updates` times ours."""
+    import torch
+
+    sys.path.append(str(Path(__file__).parent))
+    learners = importlib.import_module("torch_updates")
+    _, args = load(f"{agent}_gym", **SIZES, **NETS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    learner = getattr(learners, agent.upper())(OBS_DIM, ACTION_DIM, args, device)
+    rows = torch.zeros(SIZES["buffer_size"], 2 * OBS_DIM + ACTION_DIM + 3, device=device)
+    rows[:FILLED].uniform_(-1, 1)
+    buffer = learners.Buffer(rows, OBS_DIM, args)
+    update = torch.compile(learner.update) if mode == "compile" else learner.update
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    return milliseconds(lambda: update(buffer.sample(FILLED)), wait, updates)
+
+
 def worker(connection, folder: str, name: str, arguments: list):
     """Runs the generator `name` in this process, one measurement for each message."""
     os.chdir(folder)  # for run directories
@@ -275,10 +293,13 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
         return {x: ("in_new_python", "first_step", x) for x in (f"{agent}_dmc", f"{agent}_gym")}
     count = getattr(args, args.measure)
     sides = {"ours": (f"our_{args.measure}", f"{agent}_gym", count)}
-    if args.measure == "updates":
+    if args.measure == "updates" and agent != "mpo":  # its defaults are the same
         sides["ours, dmc defaults"] = ("our_updates", f"{agent}_dmc", count)
-    for library in args.rivals if agent in ("sac", "td3") else ():
-        sides[RIVALS[library]] = (f"rival_{args.measure}", library, agent, count)
+    for rival in args.rivals:
+        if rival in RIVALS and agent in ("sac", "td3"):
+            sides[RIVALS[rival]] = (f"rival_{args.measure}", rival, agent, count)
+        if rival in TORCH and args.measure == "updates":
+            sides[TORCH[rival]] = ("torch_updates", rival, agent, count)
     return sides
 
 
@@ -290,9 +311,9 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
     for side, numbers in values.items():
         median, std = statistics.median(numbers), np.std(numbers, ddof=len(numbers) > 1)
         print(f"{side:40}{median:8.2f}{np.mean(numbers):8.2f} ± {std:<7.2f}", end="")
-        if not set(values) & set(RIVALS.values()):  # nobody to compare with
+        if not set(values) & {*RIVALS.values(), *TORCH.values()}:  # nobody to compare with
             clause.append(f"{side} {median:.2f} {UNITS[measure]}")
-        if side in RIVALS.values():
+        if side in (*RIVALS.values(), *TORCH.values()):
             sign = -1 if measure == "updates" else 1  # milliseconds, or steps per second
             gains = (np.array(values["ours"]) / numbers) ** sign
             gain = (statistics.median(values["ours"]) / median) ** sign

@@ -96,6 +96,11 @@ def critic_loss(critic: Critics, batch: Batch, target):
     return (critic(batch.obs, batch.action) - target).square().mean(dim=1).sum()
 
 
+def adam(parameters, learning_rate: float) -> torch.optim.Adam:
+    """Adam in one kernel, the fastest of PyTorch's."""
+    return torch.optim.Adam(parameters, learning_rate, fused=True)
+
+
 def descend(loss, optimizer: torch.optim.Optimizer):
     """One step of the optimizer."""
     optimizer.zero_grad()
@@ -113,9 +118,9 @@ class SAC:
         self.target_critic = target_of(self.critic)
         self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
         self.target_entropy = -args.target_entropy_scale * action_dim
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.policy_lr)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.q_lr)
-        self.alpha_opt = torch.optim.Adam([self.log_alpha], args.alpha_lr)
+        self.actor_opt = adam(self.actor.parameters(), args.policy_lr)
+        self.critic_opt = adam(self.critic.parameters(), args.q_lr)
+        self.alpha_opt = adam([self.log_alpha], args.alpha_lr)
 
     def sample_action(self, obs, noise):
         """Actions [B, A] and their log-probabilities [B], from standard normal noise [B, A]."""
@@ -173,8 +178,8 @@ class TD3:
         self.actor = mlp(obs_dim, action_dim, args).append(nn.Tanh()).to(device)
         self.critic = Critics(obs_dim, action_dim, args).to(device)
         self.target_actor, self.target_critic = target_of(self.actor), target_of(self.critic)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.learning_rate)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.learning_rate)
+        self.actor_opt = adam(self.actor.parameters(), args.learning_rate)
+        self.critic_opt = adam(self.critic.parameters(), args.learning_rate)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, noise):
@@ -270,9 +275,9 @@ class MPO:
         self.duals = torch.tensor(starts, device=device)[:, None].repeat(1, action_dim)
         self.duals.requires_grad_(True)  # [2, A] of the mean and of the standard deviation
         self.epsilons = torch.tensor([args.epsilon_mean, args.epsilon_stddev], device=device)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.policy_lr)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.q_lr)
-        self.duals_opt = torch.optim.Adam([self.duals], args.dual_lr)
+        self.actor_opt = adam(self.actor.parameters(), args.policy_lr)
+        self.critic_opt = adam(self.critic.parameters(), args.q_lr)
+        self.duals_opt = adam([self.duals], args.dual_lr)
 
     def policy(self, actor: nn.Module, obs):
         """Mean and standard deviation, [B, A] each."""
