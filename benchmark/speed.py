@@ -4,6 +4,9 @@
     python benchmark/speed.py --measure steps     # environment steps per second of whole runs
     python benchmark/speed.py --measure memory    # peak memory with a buffer of 1M transitions
     python benchmark/speed.py --measure startup   # seconds from the command to the first step
+    python benchmark/speed.py --measure breakdown # where the time of an environment step goes
+    python benchmark/speed.py --measure limit     # how near an update is to the matrix rate
+    python benchmark/speed.py --measure scaling   # how time and memory grow with every size
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
@@ -43,6 +46,9 @@ UNITS = {
     "steps": "environment steps/s",
     "memory": "GB at peak",
     "startup": "s to the first step",
+    "breakdown": "ms per environment step",
+    "limit": "products of an update",
+    "scaling": "one call of learn",
 }
 # Every side gets these sizes, the defaults of sac_gym.py and td3_gym.py, on HalfCheetah-v5.
 SIZES = {"buffer_size": 1_000_000, "batch_size": 256}
@@ -57,7 +63,7 @@ REST = 0.5  # seconds after each measurement, in which its threads go to sleep
 class Args:
     """Measures the scripts in agents/ beside Stable-Baselines3 and SBX."""
 
-    measure: Literal["updates", "steps", "memory", "startup"]  # what to measure
+    measure: Literal[tuple(UNITS)]  # what to measure
     agents: tuple[str, ...] = ("sac", "td3", "mpo")  # algorithms
     rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
     repeats: int = 7  # rounds, in each of which every side measures once
@@ -89,15 +95,16 @@ def load(script: str, **changes):
     return module, dataclasses.replace(module.Args(), **changes)
 
 
-def our_updates(script: str, updates: int):
+def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
     """Times the script's `learn`: a minibatch drawn from the buffer and one update on it."""
     import jax
 
-    module, args = load(script, **SIZES, **NETS)
-    state = module.init(np.array([args.seed]), OBS_DIM, ACTION_DIM, args)
-    buffer = module.make_buffer(OBS_DIM, ACTION_DIM, args)
-    rows = np.random.default_rng(0).uniform(-1, 1, (FILLED, buffer.rows.shape[-1]))
-    buffer = buffer._replace(rows=buffer.rows.at[0, :FILLED].set(rows), count=buffer.count + FILLED)
+    module, args = load(script, **SIZES | NETS | changes)
+    state = module.init(np.arange(args.num_seeds), obs_dim, ACTION_DIM, args)
+    buffer = module.make_buffer(obs_dim, ACTION_DIM, args)
+    filled = min(FILLED, args.buffer_size)
+    rows = np.random.default_rng(0).uniform(-1, 1, (filled, buffer.rows.shape[-1]))
+    buffer = buffer._replace(rows=buffer.rows.at[:, :filled].set(rows), count=buffer.count + filled)
 
     def learn():
         nonlocal state
@@ -232,7 +239,6 @@ def torch_updates(mode: str, agent: str, updates: int):
     """Times our update in plain PyTorch, and its compiled form, as `our_updates` times ours."""
     import torch
 
-    sys.path.append(str(Path(__file__).parent))
     learners = importlib.import_module("torch_updates")
     _, args = load(f"{agent}_gym", **SIZES, **NETS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,6 +251,12 @@ def torch_updates(mode: str, agent: str, updates: int):
     return milliseconds(lambda: update(buffer.sample(FILLED)), wait, updates)
 
 
+def find(name: str):
+    """A function of this module, or of another one in this folder if its name has a dot."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function) if module else globals()[name]
+
+
 def worker(connection, folder: str, name: str, arguments: list):
     """Runs the generator `name` in this process, one measurement for each message."""
     os.chdir(folder)  # for run directories
@@ -253,7 +265,7 @@ def worker(connection, folder: str, name: str, arguments: list):
     try:
         measurements = None
         while connection.recv():
-            measurements = measurements or globals()[name](*arguments)  # set up when it is our turn
+            measurements = measurements or find(name)(*arguments)  # set up when it is our turn
             connection.send(next(measurements))
     except BaseException:
         connection.send(Path("log.txt").read_text()[-4000:] + traceback.format_exc())
@@ -262,7 +274,7 @@ def worker(connection, folder: str, name: str, arguments: list):
 def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
     """The numbers of each side, measured in turn, and the cores that others kept busy (median)."""
     context = multiprocessing.get_context("spawn")
-    values, busy, workers = {side: [] for side in sides}, [], {}
+    values, busy, workers = {}, [], {}
     with tempfile.TemporaryDirectory() as folder:
         for side, (name, *arguments) in sides.items():
             here, there = context.Pipe()
@@ -275,8 +287,9 @@ def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
             connection.send(True)
             if isinstance(answer := connection.recv(), str):
                 sys.exit(f"{side} failed:\n{answer}")
-            values[side].append(answer)
-            print(f"round {i + 1}, {side}: {answer:.4g}", file=sys.stderr, flush=True)
+            for line, number in (answer if isinstance(answer, dict) else {side: answer}).items():
+                values.setdefault(line, []).append(number)
+                print(f"round {i + 1}, {line}: {number:.4g}", file=sys.stderr, flush=True)
             time.sleep(REST / 2)
             busy.append(psutil.cpu_percent(interval=REST / 2) / 100 * psutil.cpu_count())
         for process, connection in workers.values():
@@ -291,6 +304,15 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
         return {f"{agent}_dmc": ("in_new_python", "peak_memory", f"{agent}_dmc")}
     if args.measure == "startup":
         return {x: ("in_new_python", "first_step", x) for x in (f"{agent}_dmc", f"{agent}_gym")}
+    if args.measure == "breakdown":
+        return {"breakdown": ("anatomy.breakdown", f"{agent}_gym", args.steps)}
+    if args.measure == "limit":
+        return {"limit": ("anatomy.limit", f"{agent}_gym", args.updates)}
+    if args.measure == "scaling":
+        axes = importlib.import_module("anatomy").AXES
+        sizes = [(axis, size) for axis in axes for size in axes[axis]]
+        count = max(args.updates // 10, 1)  # the largest sizes take hundreds of milliseconds
+        return {f"{x} {n}": ("anatomy.scaling", f"{agent}_gym", x, n, count) for x, n in sizes}
     count = getattr(args, args.measure)
     sides = {"ours": (f"our_{args.measure}", f"{agent}_gym", count)}
     if args.measure == "updates" and agent != "mpo":  # its defaults are the same
@@ -321,6 +343,8 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
             clause.append(f"{gain:.1f}x {side}")
         print()
     print(flush=True)
+    if measure in ("breakdown", "limit", "scaling"):
+        return importlib.import_module("anatomy").sentence(measure, agent, values)
     return (f"{agent.upper()}: " if "ours" in values else "") + ", ".join(clause)
 
 
@@ -354,7 +378,13 @@ def main(args: Args):
         print(warning.format(record["busy_cores_at_start"]), file=sys.stderr)
     clauses = []
     for agent in args.agents:
-        values, busy = alternate(sides_of(args, agent), args.repeats)
+        sides = sides_of(args, agent)
+        # Sizes one by one: together they would not fit into memory.
+        groups = [{x: y} for x, y in sides.items()] if args.measure == "scaling" else [sides]
+        values, busy = {}, 0
+        for group in groups:
+            more_values, busy_now = alternate(group, args.repeats)
+            values, busy = values | more_values, max(busy, busy_now)
         record["results"][agent], record["busy_cores_meanwhile"][agent] = values, busy
         clauses.append(summarize(args.measure, agent, values))
     record["sentence"] = f"{'; '.join(clauses)} ({args.measure})."
@@ -364,6 +394,8 @@ def main(args: Args):
     out = args.out or ROOT / "benchmark" / "results" / f"speed-{args.measure}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
+    if args.measure == "scaling":
+        importlib.import_module("anatomy").figure(record["results"], out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""What a script spends its time on, how near that is to the limit, and how it grows.
+
+The measurements of `speed.py --measure breakdown`, `limit` and `scaling`, each a generator of
+{line of the table: number}, and the figure of the last.
+"""
+
+import math
+import resource
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import speed
+
+# Each axis alone, the other sizes at their defaults. Observation sizes are those of the suite.
+AXES = {
+    "batch_size": (64, 256, 1024, 4096),
+    "hidden_width": (64, 256, 512, 1024, 2048),
+    "num_seeds": (1, 2, 4, 8, 16),
+    "updates_per_step": (1, 2, 5, 10, 20),
+    "obs_dim": (5, 17, 24, 67),  # cartpole, cheetah, walker, humanoid
+    "buffer_size": (10_000, 100_000, 1_000_000),
+}
+
+
+def breakdown(script: str, steps: int):
+    """Milliseconds of the host for each part of an environment step in the script's `main`.
+
+    `learn` only dispatches: what is left of the update when the environment has been stepped shows
+    up where the host waits, in the next action or in `insert`.
+    """
+    module, args = speed.load(
+        script, **speed.SIZES, **speed.NETS, learning_starts=speed.LEARNING_STARTS,
+        eval_frequency=0, run_dir="timed_run",
+    )  # fmt: skip
+    spent = {}
+
+    def timed(part: str, function):
+        def call(*arguments, **keywords):
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                spent[part] = spent.get(part, 0) + time.perf_counter() - start
+
+        return call
+
+    import jax
+
+    explore, step = module.explore, module.Environments.step
+
+    def act(*arguments):
+        return jax.block_until_ready(explore(*arguments))
+
+    def environment(envs, action, *active):
+        spent.setdefault("steps", []).append(time.perf_counter())
+        if len(spent["steps"]) == speed.FIRST:
+            first = spent["steps"][-1]
+            spent.clear()
+            spent["steps"] = [first] * speed.FIRST
+        return timed("environment", step)(envs, action, *active)
+
+    # The device works in order: waiting for the action here is waiting for the update before it.
+    module.explore = timed("act, and waiting for the last update", act)
+    module.learn = timed("dispatching the update", module.learn)
+    module.insert = timed("insert", module.insert)
+    for name in ("scalars", "losses", "episode"):
+        setattr(module.Log, name, timed("logging", getattr(module.Log, name)))
+    module.Environments.step = environment
+    while True:
+        spent.clear()
+        speed.run_main(module, args, (speed.FIRST, speed.FIRST + steps))
+        times = spent.pop("steps")
+        total = times[-1] - times[0]
+        parts = {part: 1000 * seconds / steps for part, seconds in spent.items()}
+        yield parts | {
+            "the rest of the loop": 1000 * total / steps - sum(parts.values()),
+            "whole step": 1000 * total / steps,
+        }
+
+
+def product_flops(jaxpr, period: int) -> float:
+    """FLOPs of the matrix products in a jaxpr; a scan repeats them, a cond runs every period-th.
+
+    XLA's own analysis counts the body of a loop once and a branch always.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[i] for i in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "cond":
+            branches = [product_flops(x.jaxpr, period) for x in equation.params["branches"]]
+            total += min(branches) + (max(branches) - min(branches)) / period
+        else:
+            for value in equation.params.values():
+                if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                    total += equation.params.get("length", 1) * product_flops(inner, period)
+    return total
+
+
+def limit(script: str, updates: int):
+    """Products of an update, their rate, and the rate of a bare product of the same sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    module, args = speed.load(script, **speed.SIZES, **speed.NETS)
+    measurements = speed.our_updates(script, updates)
+    arguments = jax.eval_shape(
+        lambda: (
+            module.init(np.array([0]), speed.OBS_DIM, speed.ACTION_DIM, args),
+            module.make_buffer(speed.OBS_DIM, speed.ACTION_DIM, args),
+        )
+    )
+    jaxpr = jax.make_jaxpr(partial(module.learn.__wrapped__, args=args))(*arguments)
+    flops = product_flops(jaxpr.jaxpr, getattr(args, "policy_frequency", 1))
+    repeats, width = 200, args.hidden_width
+    matrices = jnp.full((2, width, width), 1 / width)
+
+    @jax.jit
+    def products(x, w):  # both critics' hidden layer on a minibatch, forward
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=repeats)[0]
+
+    x = jnp.ones((2, args.batch_size, width))
+    bare = speed.milliseconds(
+        lambda: products(x, matrices).block_until_ready(), lambda: None, max(updates // 100, 1)
+    )
+    for milliseconds in measurements:
+        rate = flops / milliseconds / 1e6
+        bare_rate = repeats * 2 * x.size * width / next(bare) / 1e6
+        yield {
+            "MFLOP in the products of an update": flops / 1e6,
+            "ms/update": milliseconds,
+            "GFLOP/s in an update": rate,
+            "GFLOP/s in a bare product": bare_rate,
+            "% of the bare product's rate": 100 * rate / bare_rate,
+        }
+
+
+def scaling(script: str, axis: str, value: int, updates: int):
+    """Milliseconds and peak memory of one call of `learn`, with one size changed."""
+    obs_dim = value if axis == "obs_dim" else speed.OBS_DIM
+    changes = {} if axis == "obs_dim" else {axis: value}
+    calls = speed.our_updates(script, updates, obs_dim, **changes)
+    for milliseconds in calls:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        yield {f"{axis} {value}, ms": milliseconds, f"{axis} {value}, GB": peak}
+
+
+def sentence(measure: str, agent: str, values: dict[str, list]) -> str:
+    """What a reader wants to know of these numbers."""
+    x = {line: np.median(numbers) for line, numbers in values.items()}
+    name = agent.upper()
+    if measure == "limit":
+        share = x["% of the bare product's rate"]
+        return f"{name}: an update reaches {share:.0f} % of the rate of a bare product"
+    if measure == "breakdown":
+        total = x.pop("whole step")
+        most = max(x, key=x.get)
+        return (
+            f"{name}: a step takes {total:.2f} ms, {100 * x[most] / total:.0f} % of it for {most}"
+        )
+    times = []
+    for axis, sizes in AXES.items():
+        gain = x[f"{axis} {sizes[-1]}, ms"] / x[f"{axis} {sizes[0]}, ms"]
+        times.append(f"{axis} from {sizes[0]} to {sizes[-1]} {gain:.1f}x")
+    return f"{name}: time grows with {', '.join(times)}"
+
+
+def figure(results: dict, path: Path):
+    """Draws time (solid) and peak memory (dotted) over each axis, with a line for each script."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(12, 7), layout="constrained")
+    for panel, (axis, sizes) in zip(drawing.subplots(2, 3).flat, AXES.items()):
+        memory = panel.twinx()
+        for agent, values in results.items():
+            for where, unit, style in ((panel, "ms", "o-"), (memory, "GB", ":")):
+                y = [np.median(values[f"{axis} {size}, {unit}"]) for size in sizes]
+                where.plot(sizes, y, style, label=agent.upper())
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per call")
+        memory.set(ylim=(0, None), ylabel="GB at peak")
+    panel.legend()
+    drawing.savefig(path)
