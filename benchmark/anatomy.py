@@ -53,31 +53,27 @@ def breakdown(script: str, steps: int):
     def act(*arguments):
         return jax.block_until_ready(explore(*arguments))
 
-    def environment(envs, action, *active):
-        spent.setdefault("steps", []).append(time.perf_counter())
-        if len(spent["steps"]) == speed.FIRST:
-            first = spent["steps"][-1]
+    def environment(*arguments):
+        spent["calls"] = calls = spent.get("calls", 0) + 1
+        if calls == speed.FIRST:  # run_main has just started its clock
             spent.clear()
-            spent["steps"] = [first] * speed.FIRST
-        return timed("environment", step)(envs, action, *active)
+            spent["calls"] = calls
+        return timed("environment", step)(*arguments)
 
     # The device works in order: waiting for the action here is waiting for the update before it.
     module.explore = timed("act, and waiting for the last update", act)
     module.learn = timed("dispatching the update", module.learn)
     module.insert = timed("insert", module.insert)
-    for name in ("scalars", "losses", "episode"):
+    for name in ("losses", "episode"):
         setattr(module.Log, name, timed("logging", getattr(module.Log, name)))
     module.Environments.step = environment
     while True:
         spent.clear()
-        speed.run_main(module, args, (speed.FIRST, speed.FIRST + steps))
-        times = spent.pop("steps")
-        total = times[-1] - times[0]
+        start, end = speed.run_main(module, args, (speed.FIRST, speed.FIRST + steps))
+        spent.pop("calls")
         parts = {part: 1000 * seconds / steps for part, seconds in spent.items()}
-        yield parts | {
-            "the rest of the loop": 1000 * total / steps - sum(parts.values()),
-            "whole step": 1000 * total / steps,
-        }
+        total = 1000 * (end - start) / steps
+        yield parts | {"the rest of the loop": total - sum(parts.values()), "whole step": total}
 
 
 def product_flops(jaxpr, period: int) -> float:
