@@ -390,7 +390,8 @@ def critic_loss(critic: Params, batch: Batch, target, args: Args):
 def actor_loss(actor: Params, state: State, batch: Batch, args: Args):
     """Deterministic policy gradient through the first critic (Alg. 1)."""
     action = policy(actor, batch.obs, args)
-    loss = -q_values(state.critic, batch.obs, action, args)[0].mean()
+    first = jax.tree.map(lambda x: x[:1], state.critic)  # spares the gradient of the second
+    loss = -q_values(first, batch.obs, action, args)[0].mean()
     return loss, {"actor_loss": loss}
 
 
