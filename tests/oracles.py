@@ -8,19 +8,24 @@ from functools import cache, partial
 
 import jax
 import numpy as np
-from conftest import small_args
+from conftest import SMALL, small_args
 
 OBS, ACT, BATCH = 5, 3, 7  # distinct primes, so that no two axes can be mistaken for each other
+SAMPLES = SMALL["action_samples"]  # a prime, too, and no array has it beside [O]
 
 
 # --- inputs ---------------------------------------------------------------------------------------
 
 
 def step_sizes(script, actor=3e-4, critic=3e-4, alpha=3e-4) -> dict:
-    """The flags of Adam's step sizes; TD3 has one for the actor and the critics."""
+    """The flags of Adam's step sizes; TD3 has one for the actor and the critics.
+
+    The last is that of alpha, which SAC and MPO call their multipliers.
+    """
     if script.algorithm == "td3":
         return dict(learning_rate=critic)
-    return dict(policy_lr=actor, q_lr=critic, alpha_lr=alpha)
+    third = "alpha_lr" if script.algorithm == "sac" else "dual_lr"
+    return {"policy_lr": actor, "q_lr": critic, third: alpha}
 
 
 FROZEN = dict(actor=1e-30, critic=1e-30, alpha=1e-30)  # no float32 parameter moves by so little
@@ -30,7 +35,15 @@ def noiseless(script) -> dict:
     """The flags that leave no noise and no entropy in targets and losses."""
     if script.algorithm == "td3":
         return dict(policy_noise=0.0)
+    if script.algorithm == "mpo":
+        return dict(initial_stddev=1e-30)
     return dict(log_std_min=-20.0, log_std_max=-20.0, alpha=1e-30, autotune=False)
+
+
+def delay(script, period: int) -> dict:
+    """The flag of what does not happen at every update: a step of the actor, or new targets."""
+    flag = "target_network_frequency" if script.algorithm == "mpo" else "policy_frequency"
+    return {flag: period}
 
 
 def linear_args(script, **changes):
@@ -52,6 +65,18 @@ def constant_critics(first: float, second: float) -> dict:
 def compiled(function):
     """The function under jit; compiled once for every value of `args`."""
     return jax.jit(function, static_argnames="args")
+
+
+@cache
+def td_target(script):
+    """`td_target(state, batch, key, args=args)` under jit: MPO's with the values it is made of."""
+
+    def target(state, batch, key, args):
+        actions = script.sample_actions(state.target_actor, batch.next_obs, key, args)
+        next_q = script.sampled_values(state.target_critic, batch.next_obs, actions, args)
+        return script.td_target(batch, next_q, args)
+
+    return compiled(target if script.algorithm == "mpo" else script.td_target)
 
 
 @jax.jit
@@ -142,9 +167,10 @@ def q_values(critic, obs, action, args):
     return np.stack([mlp(one, x, args.layer_norm)[:, 0] for one in both])
 
 
-def greedy(actor, obs):
-    """The squashed mean; SAC's actor has the spread after the mean."""
-    return np.tanh(mlp(actor, obs)[..., :ACT])
+def greedy(script, actor, obs):
+    """The squashed or clipped mean; actors of SAC and MPO have the spread after the mean."""
+    mean = mlp(actor, obs)[..., :ACT]
+    return np.clip(mean, -1, 1) if script.algorithm == "mpo" else np.tanh(mean)
 
 
 def finite_differences(loss, params, step: float = 1e-6):

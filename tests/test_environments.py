@@ -12,8 +12,6 @@ import pytest
 from conftest import DmcProbe, GymProbe, Probe, small_args
 from oracles import FROZEN, assert_equal, linear_args, step_sizes, without_key
 
-pytestmark = pytest.mark.algorithms("td3", "sac")
-
 LOW, HIGH = np.array([-1.0, 0.0, -0.3]), np.array([1.0, 4.0, 0.1])  # as different as bounds can be
 ENDINGS = ((5, "truncated"), (3, "terminated"), (4, "terminated, truncated"))
 

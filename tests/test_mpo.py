@@ -17,10 +17,10 @@ from oracles import (
     ACT,
     BATCH,
     OBS,
+    SAMPLES,
     assert_close,
     assert_equal,
     compiled,
-    constant_critics,
     descended,
     finite_differences,
     float64,
@@ -30,21 +30,12 @@ from oracles import (
     moved,
     perturbed,
     random_batch,
-    same_observations,
 )
 from scipy import optimize, special, stats
 
 pytestmark = pytest.mark.algorithms("mpo")
 
-SAMPLES = 5  # another prime, so that no axis can be mistaken for [B], [A] or [2]
 EPSILON = 0.1
-
-# Before the backend starts: the callback of SLSQP runs JAX, and would wait for its own thread.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def mpo_args(script, **changes):
-    return small_args(script, **dict(action_samples=SAMPLES) | changes)
 
 
 def gaussian_actor(mean, stddev, args):
@@ -257,7 +248,7 @@ def test_the_mean_kl_of_the_weights_is_the_bound(script):
     q = normal_q()
     weights, metrics = compiled(script.e_step)(
         jnp.zeros((20, 64, ACT)), jnp.float32(q),
-        script.Duals(None, None, None, None), args=mpo_args(script, action_penalty=False),
+        script.Duals(None, None, None, None), args=small_args(script, action_penalty=False),
     )  # fmt: skip
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
     assert_equal(np.argsort(weights, axis=0), np.argsort(np.float32(q), axis=0))
@@ -369,7 +360,7 @@ def test_the_gradient_solver_ends_where_newton_is(script):
 
 def test_only_temperatures_that_take_steps_are_state(script):
     for solver, penalty in (("newton", True), ("gradient", False), ("gradient", True)):
-        args = mpo_args(script, temperature_solver=solver, action_penalty=penalty)
+        args = small_args(script, temperature_solver=solver, action_penalty=penalty)
         duals = initial_shapes(script, args).duals
         assert (duals.temperature is not None) == (solver == "gradient")
         assert (duals.penalty_temperature is not None) == (solver == "gradient" and penalty)
@@ -388,7 +379,7 @@ def test_penalty_weights_tell_actions_outside_the_box_from_those_inside(script):
     rng = np.random.default_rng(0)
     inside = jnp.float32(rng.uniform(-1, 1, (SAMPLES, BATCH, ACT)))
     outside = inside.at[2, 3, 1].set(1.5)
-    args = mpo_args(script)
+    args = small_args(script)
     duals, q = script.Duals(None, None, None, None), jnp.zeros((SAMPLES, BATCH))
     for actions in (inside, outside):
         weights, metrics = script.e_step(actions, q, duals, args)
@@ -400,7 +391,7 @@ def test_penalty_weights_tell_actions_outside_the_box_from_those_inside(script):
             np.testing.assert_allclose(metrics["kl_penalty_rel"], 1, rtol=1e-3)
             expected[:, 3] = penalty_weights[:, 3]
         np.testing.assert_allclose(penalty_weights, expected, atol=1e-6)
-    weights, metrics = script.e_step(outside, q, duals, mpo_args(script, action_penalty=False))
+    weights, metrics = script.e_step(outside, q, duals, small_args(script, action_penalty=False))
     np.testing.assert_allclose(weights, 1 / SAMPLES, rtol=1e-6)
     assert "kl_penalty_rel" not in metrics
 
@@ -466,7 +457,7 @@ def m_step_problem(script, seed=0, **changes):
     old = rng.uniform(-0.5, 0.5, (BATCH, ACT)), rng.uniform(0.2, 0.8, (BATCH, ACT))
     actions = old[0] + old[1] * rng.normal(size=(SAMPLES, BATCH, ACT))
     weights = 2 * rng.dirichlet(np.ones(SAMPLES), BATCH).T
-    args = mpo_args(script, **changes)
+    args = small_args(script, **changes)
     constraints = ACT if args.per_dim_constraining else 1
     duals = script.Duals(
         None, None, jnp.linspace(-1, 1, constraints), jnp.linspace(1, 2, constraints)
@@ -557,7 +548,7 @@ def test_multipliers_settle_where_the_kl_is_its_bound(script, monkeypatch):
     """One state, a free mean and its multiplier, learned together (P9)."""
     free_policy(monkeypatch, script)
     old_mean, old_stddev, epsilon = 0.3, 0.4, 2.5e-3
-    args = mpo_args(script, epsilon_mean=epsilon, epsilon_stddev=1.0, action_penalty=False)
+    args = small_args(script, epsilon_mean=epsilon, epsilon_stddev=1.0, action_penalty=False)
     rng = np.random.default_rng(0)
     actions = jnp.float32(old_mean + old_stddev * rng.normal(size=(SAMPLES, 1, 1)))
     weights = jnp.float32(rng.dirichlet(np.ones(SAMPLES))[:, None])
@@ -588,7 +579,7 @@ def test_multipliers_settle_where_the_kl_is_its_bound(script, monkeypatch):
 @pytest.mark.parametrize("per_dim", [True, False])
 def test_a_multiplier_rises_while_its_kl_is_above_the_bound(script, per_dim):
     """And falls while it is below, each by itself, and never below 0 (P10)."""
-    args = mpo_args(script, per_dim_constraining=per_dim, action_penalty=False)
+    args = small_args(script, per_dim_constraining=per_dim, action_penalty=False)
     duals = init(script, args).duals
     constraints = ACT if per_dim else 1
     assert duals.alpha_mean.shape == duals.alpha_stddev.shape == (constraints,)
@@ -608,7 +599,7 @@ def test_a_multiplier_rises_while_its_kl_is_above_the_bound(script, per_dim):
 
 
 def test_dual_variables_stay_where_they_can_come_back_from(script):
-    args = mpo_args(script, hidden_layers=0, target_network_frequency=3)
+    args = small_args(script, hidden_layers=0, target_network_frequency=3)
     state = init(script, args)
     low = jax.tree.map(lambda x: jnp.full(x.shape, -30.0), state.duals)
     new, _ = compiled(script.update)(state._replace(duals=low), random_batch(script), args=args)
@@ -619,7 +610,7 @@ def test_dual_variables_stay_where_they_can_come_back_from(script):
 
 
 def test_the_first_policy_is_wide_and_central(script):
-    args = mpo_args(script, initial_stddev=0.3)
+    args = small_args(script, initial_stddev=0.3)
     obs = jnp.float32(np.random.default_rng(0).normal(size=(BATCH, OBS)))
     mean, stddev = script.policy(init(script, args).actor, obs, args)
     np.testing.assert_allclose(mean, 0, atol=0.05)
@@ -676,18 +667,6 @@ def test_the_target_is_the_smaller_expected_value(script):
     assert_equal(swapped, target)
 
 
-def test_a_constant_reward_is_worth_one_over_one_minus_gamma(script):
-    args = linear_args(script, gamma=0.95, action_samples=SAMPLES)
-    batch = same_observations(script, BATCH)
-
-    def target(value):
-        state = init(script, args)._replace(target_critic=constant_critics(value, value))
-        return script.td_target(batch, next_values(script, state, batch, args), args)[0]
-
-    slope = target(1) - target(0)
-    np.testing.assert_allclose(target(0) / (1 - slope), 20, rtol=1e-4)
-
-
 def test_critics_see_actions_as_the_environment_does(script):
     """Clipped, not squashed: the value of one dimension is the action itself."""
     args = linear_args(script)
@@ -698,6 +677,20 @@ def test_critics_see_actions_as_the_environment_does(script):
     values = script.sampled_values(critic, jnp.ones((BATCH, OBS)), actions, args)
     expected = np.broadcast_to(np.float32([-1, -1, 0.76, 1, 1])[:, None], (2, SAMPLES, BATCH))
     np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, SAMPLES, 100])  # all states at once, or 3 and 3 and 1
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_values_of_sampled_actions_are_those_of_the_critics(script, samples, layer_norm):
+    args = small_args(script, action_samples=samples, layer_norm=layer_norm)
+    critic = perturbed(init(script, args).critic)
+    obs = random_batch(script).obs
+    actions = np.float32(np.random.default_rng(1).normal(size=(samples, BATCH, ACT)))
+    values = compiled(script.sampled_values)(critic, obs, actions, args=args)
+    assert values.shape == (2, samples, BATCH)
+    for j in range(samples):
+        expected = oracles.q_values(float64(critic), obs, np.clip(actions[j], -1, 1), args)
+        assert_close(values[:, j], expected)
 
 
 def test_sampled_actions_are_those_of_the_policy_in_their_state(script):
@@ -720,7 +713,7 @@ def test_sampled_actions_are_those_of_the_policy_in_their_state(script):
 
 def test_an_update_follows_the_target_networks(script, monkeypatch):
     """The critics descend the error to a fixed target; samples and values are of the targets."""
-    args = mpo_args(script, hidden_width=3)
+    args = small_args(script, hidden_width=3)
     old, batch = init(script, args), random_batch(script)
     old = old._replace(
         actor=perturbed(old.actor, seed=1), critic=perturbed(old.critic, seed=2),
@@ -761,7 +754,7 @@ def test_an_update_follows_the_target_networks(script, monkeypatch):
 
 
 def test_targets_are_copies_every_period(script):
-    args = mpo_args(script, hidden_layers=0, target_network_frequency=3)
+    args = small_args(script, hidden_layers=0, target_network_frequency=3)
     state, batch = init(script, args), random_batch(script)
     for number in range(1, 7):
         old, (state, _) = state, compiled(script.update)(state, batch, args=args)
@@ -779,7 +772,7 @@ def test_targets_are_copies_every_period(script):
 def test_losses_and_metrics_are_scalar(script):
     shapes = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
     for solver in ("newton", "slsqp", "gradient"):
-        args = mpo_args(script, temperature_solver=solver)
+        args = small_args(script, temperature_solver=solver)
         state = initial_shapes(script, args)
         new, metrics = jax.eval_shape(
             partial(script.update, args=args), state, random_batch(script)
@@ -797,7 +790,7 @@ def test_solvers_share_an_update(script, monkeypatch):
     )
     batch, results = random_batch(script), []
     for solver in ("newton", "slsqp"):
-        args = mpo_args(
+        args = small_args(
             script, temperature_solver=solver, hidden_layers=0, target_network_frequency=3
         )
         state, update = init(script, args), jax.jit(partial(script.update, args=args))

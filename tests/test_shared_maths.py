@@ -1,4 +1,4 @@
-"""What TD3 and SAC have in common: targets, critics, target networks, acting, replay, learning."""
+"""What algorithms have in common: targets, critics, target networks, acting, replay, learning."""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from oracles import (
     assert_equal,
     compiled,
     constant_critics,
+    delay,
     descended,
     finite_differences,
     float64,
@@ -26,10 +27,12 @@ from oracles import (
     random_batch,
     same_observations,
     step_sizes,
+    td_target,
     without_key,
 )
 
-pytestmark = pytest.mark.algorithms("td3", "sac")
+# MPO improves its policy another way, and copies its targets whole.
+ACTOR_CRITIC = pytest.mark.algorithms("td3", "sac")
 
 
 def shapes(tree):
@@ -43,7 +46,7 @@ def test_targets_are_per_sample_and_losses_scalar(script):
     args = small_args(script)
     state, batch = init(script, args), random_batch(script)
     key = jax.random.key(0)
-    target = jax.eval_shape(lambda: script.td_target(state, batch, key, args))
+    target = jax.eval_shape(lambda: td_target(script)(state, batch, key, args=args))
     loss, metrics = jax.eval_shape(
         lambda: script.critic_loss(state.critic, batch, batch.reward, args)
     )
@@ -63,7 +66,7 @@ def test_the_target_at_a_termination_is_the_reward_exactly(script):
     args = linear_args(script)
     state = init(script, args)._replace(target_critic=constant_critics(1e6, 1e6))
     batch = random_batch(script)._replace(discount=np.zeros(BATCH, np.float32))
-    target = compiled(script.td_target)(state, batch, jax.random.key(0), args=args)
+    target = td_target(script)(state, batch, jax.random.key(0), args=args)
     assert_equal(target, batch.reward)
 
 
@@ -76,7 +79,7 @@ def test_the_target_elsewhere_moves_by_gamma_times_the_value(script):
 
     def target(value):
         critics = state._replace(target_critic=constant_critics(value, value))
-        return compiled(script.td_target)(critics, batch, jax.random.key(0), args=args)
+        return td_target(script)(critics, batch, jax.random.key(0), args=args)
 
     np.testing.assert_allclose(target(10) - target(0), 9, rtol=1e-5)
 
@@ -87,7 +90,7 @@ def test_a_constant_reward_is_worth_one_over_one_minus_gamma(script):
 
     def target(value):
         critics = state._replace(target_critic=constant_critics(value, value))
-        return compiled(script.td_target)(critics, batch, jax.random.key(0), args=args)[0]
+        return td_target(script)(critics, batch, jax.random.key(0), args=args)[0]
 
     slope = target(1) - target(0)  # the target is affine in the value, so this is its fixed point
     np.testing.assert_allclose(target(0) / (1 - slope), 20, rtol=1e-4)
@@ -98,7 +101,7 @@ def test_the_target_takes_the_smaller_critic_whichever_it_is(script):
     state, batch = init(script, args), same_observations(script, BATCH)
     for critics in (constant_critics(2, 4), constant_critics(4, 2)):
         state = state._replace(target_critic=critics)
-        target = compiled(script.td_target)(state, batch, jax.random.key(0), args=args)
+        target = td_target(script)(state, batch, jax.random.key(0), args=args)
         np.testing.assert_allclose(target, 1 + 0.5 * 2, rtol=1e-5)
 
 
@@ -125,13 +128,13 @@ def test_the_critics_descend_the_error_to_a_fixed_target(script, layer_norm):
     args = small_args(script, hidden_width=3, layer_norm=layer_norm, **noiseless(script))
     old, batch = init(script, args), random_batch(script)
     old = old._replace(critic=perturbed(old.critic), target_critic=perturbed(old.critic, seed=1))
-    if script.algorithm == "td3":
+    if "target_actor" in old._fields:
         old = old._replace(target_actor=perturbed(old.actor))
     new, metrics = compiled(script.update)(old, batch, args=args)
 
     obs, action, reward, discount, next_obs = float64(batch)
-    slow_actor = old.target_actor if script.algorithm == "td3" else old.actor
-    next_action = oracles.greedy(float64(slow_actor), next_obs)
+    slow_actor = getattr(old, "target_actor", old.actor)
+    next_action = oracles.greedy(script, float64(slow_actor), next_obs)
     next_q = oracles.q_values(float64(old.target_critic), next_obs, next_action, args).min(axis=0)
     target = reward + args.gamma * discount * next_q
 
@@ -142,6 +145,7 @@ def test_the_critics_descend_the_error_to_a_fixed_target(script, layer_norm):
     np.testing.assert_allclose(metrics["qf_loss"], loss(float64(old.critic)), rtol=1e-5)
 
 
+@ACTOR_CRITIC
 def test_the_actor_ascends_the_critics_just_updated(script):
     rates = step_sizes(script, critic=0.03)
     args = small_args(script, hidden_width=3, policy_frequency=1, **noiseless(script), **rates)
@@ -151,7 +155,7 @@ def test_the_actor_ascends_the_critics_just_updated(script):
     obs = float64(batch.obs)
 
     def loss(actor):
-        q = oracles.q_values(float64(new.critic), obs, oracles.greedy(actor, obs), args)
+        q = oracles.q_values(float64(new.critic), obs, oracles.greedy(script, actor, obs), args)
         return -(q[0] if script.algorithm == "td3" else q.min(axis=0)).mean()
 
     assert_close(descended(new.actor_opt), finite_differences(loss, old.actor), rtol=1e-4)
@@ -161,17 +165,18 @@ def test_the_first_step_of_adam_is_the_step_size_of_its_network(script):
     rates = dict(actor=1e-3, critic=2e-3, alpha=3e-3)
     if script.algorithm == "td3":
         rates["actor"] = rates["critic"]
-    args = small_args(script, policy_frequency=1, **step_sizes(script, **rates))
+    args = small_args(script, **delay(script, 1), **step_sizes(script, **rates))
     old = init(script, args)
     new, _ = compiled(script.update)(old, random_batch(script), args=args)
-    rates["log_alpha"] = rates["alpha"]
-    for name in {"actor", "critic", "log_alpha"} & set(new._fields):
+    rates["log_alpha"] = rates["duals"] = rates["alpha"]
+    for name in {"actor", "critic", "log_alpha", "duals"} & set(new._fields):
         change = jax.tree.map(
             lambda x, y: np.abs(np.asarray(x) - y).max(), getattr(new, name), getattr(old, name)
         )
         np.testing.assert_allclose(max(jax.tree.leaves(change)), rates[name], rtol=1e-2)
 
 
+@ACTOR_CRITIC
 def test_targets_follow_by_tau(script):
     args = small_args(script, tau=0.005, policy_frequency=1, **step_sizes(script, **FROZEN))
     state, updates = init(script, args), 5
@@ -188,6 +193,7 @@ def test_targets_follow_by_tau(script):
         np.testing.assert_allclose(leaf, 1 - 0.995**updates, rtol=1e-5)
 
 
+@ACTOR_CRITIC
 def test_a_critic_step_leaves_the_actor_alone(script):
     args = small_args(script, policy_frequency=1000)
     old = init(script, args)
@@ -198,6 +204,7 @@ def test_a_critic_step_leaves_the_actor_alone(script):
     assert moved(new.critic, old.critic)
 
 
+@ACTOR_CRITIC
 def test_the_critics_step_is_the_same_with_and_without_an_actor_step(script):
     states = []
     for period in (1, 1000):
@@ -211,7 +218,7 @@ def test_the_critics_step_is_the_same_with_and_without_an_actor_step(script):
 # --- acting ---------------------------------------------------------------------------------------
 
 
-def test_act_is_the_squashed_mean_of_normalised_observations(script):
+def test_act_is_the_bounded_mean_of_normalised_observations(script):
     args = small_args(script, num_seeds=2)
     obs = np.random.default_rng(0).normal(3, 2, (2, BATCH, OBS)).astype(np.float32)
     state = script.init(np.arange(2), OBS, ACT, args)
@@ -222,7 +229,7 @@ def test_act_is_the_squashed_mean_of_normalised_observations(script):
     seen = (obs - 3) / 2 if args.normalize_obs else obs
     for i in range(2):
         actor = float64(jax.tree.map(lambda x: x[i], state.actor))
-        np.testing.assert_allclose(action[i], oracles.greedy(actor, seen[i]), atol=1e-5)
+        np.testing.assert_allclose(action[i], oracles.greedy(script, actor, seen[i]), atol=1e-5)
 
 
 def test_exploring_draws_new_actions_in_the_box_and_new_keys(script):
@@ -360,7 +367,7 @@ def learner(script, seeds=(0, 1), **changes):
     """State, buffer and flags of seeds that have collected something."""
     rows = np.random.default_rng(0).normal(size=(20, 2, 2 * OBS + ACT + 3))
     buffer, moments, _ = fill(script, transitions=20, capacity=13, rows=rows)
-    args = small_args(script, num_seeds=len(seeds), policy_frequency=2, **changes)
+    args = small_args(script, num_seeds=len(seeds), **delay(script, 2), **changes)
     state = script.init(np.array(seeds), OBS, ACT, args)
     chosen = np.array(seeds)
     moments = jax.tree.map(lambda x: x[chosen], moments)
