@@ -15,10 +15,10 @@ import pytest
 RATES = {
     "sac": "--policy-lr 1e-3 --q-lr 1e-3 --alpha-lr 1e-3",
     "td3": "--learning-rate 1e-3",
+    "mpo": "--policy-lr 1e-3 --q-lr 1e-3",
 }
 
 
-@pytest.mark.algorithms("sac", "td3")
 @pytest.mark.backends("gym")
 def test_solves_the_pendulum(script, tmp_path):
     flags = "--env-id Pendulum-v1 --total-timesteps 12500 --learning-starts 1000 --hidden-width 64"
