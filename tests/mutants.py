@@ -217,8 +217,8 @@ MUTANTS = [
     Mutant(
         "actor_descends",
         TD3,
-        "loss = -q_values(state.critic, batch.obs, action, args)[0].mean()",
-        "loss = q_values(state.critic, batch.obs, action, args)[0].mean()",
+        "loss = -q_values(first, batch.obs, action, args)[0].mean()",
+        "loss = q_values(first, batch.obs, action, args)[0].mean()",
         "The actor goes where values are low.",
         SHARED + "test_the_actor_ascends_the_critics_just_updated",
     ),
@@ -598,5 +598,55 @@ MUTANTS = [
         "value, slope = jax.value_and_grad(temperature_loss)(",
         "The gradient is traced at every call, as in the predecessor.",
         TEST_MPO + "test_solvers_share_an_update",
+    ),
+    *(
+        Mutant(
+            f"checkpoint_forgets_{what}",
+            scripts,
+            "state = state._replace(key=jax.random.wrap_key_data(state.key))",
+            f"state = state._replace(key=jax.random.wrap_key_data(state.key), {forgotten})",
+            "A resumed run is another run.",
+            "test_resume.py::test_raised_total",
+        )
+        for what, scripts, forgotten in [
+            ("targets", ("sac_dmc", "td3_gym", "mpo_dmc"), "target_critic=state.critic"),
+            (
+                "optimisers",
+                ("sac_gym", "td3_dmc"),
+                "critic_opt=jax.tree.map(jnp.zeros_like, state.critic_opt)",
+            ),
+            ("counters", ("sac_dmc", "mpo_gym"), "step=0 * state.step"),
+            (
+                "moments",
+                ("sac_dmc", "td3_dmc"),
+                "moments=jax.tree.map(jnp.zeros_like, state.moments)",
+            ),
+            ("alpha", ("sac_gym",), "log_alpha=0 * state.log_alpha"),
+            ("duals", ("mpo_dmc",), "duals=jax.tree.map(jnp.zeros_like, state.duals)"),
+        ]
+    ),
+    Mutant(
+        "checkpoint_forgets_keys",
+        ("sac_dmc", "td3_gym", "mpo_gym"),
+        "key=jax.random.wrap_key_data(state.key)",
+        "key=jax.random.split(jax.random.key(0), len(state.key))",
+        "A resumed run draws numbers that it has drawn before.",
+        "test_resume.py::test_raised_total",
+    ),
+    Mutant(
+        "checkpoint_forgets_the_buffer",
+        ("sac_dmc", "td3_gym"),
+        'jax.tree.map(jnp.asarray, saved["buffer"])',
+        'jax.tree.map(jnp.zeros_like, saved["buffer"])',
+        "A resumed run learns from nothing at first.",
+        "test_resume.py::test_raised_total",
+    ),
+    Mutant(
+        "checkpoint_forgets_the_episode",
+        ("sac_dmc", "td3_gym"),
+        "obs = envs.replay(",
+        "obs = envs.reset_all() if envs else (",
+        "A resumed run begins new episodes.",
+        "test_resume.py::test_raised_total",
     ),
 ]
