@@ -6,6 +6,7 @@ Where no learning is needed the script is fake_agent.py, whose returns depend on
 import gzip
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def start(results: Path, agent, env_ids, seeds, steps, *flags) -> subprocess.Pop
     command += ["--total-timesteps", steps, "--results-dir", results, *flags]
     command = [str(x) for x in command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, **pipes)
+    # Locks of cores go to TMPDIR: another sweep on this machine must not hold them.
+    (results.parent / "locks").mkdir(exist_ok=True)
+    variables = {"TMPDIR": str(results.parent / "locks"), "RAY_TMPDIR": "/tmp"}
+    return subprocess.Popen(command, env=os.environ | variables, **pipes)
 
 
 def wait_for(condition, seconds: float = 200):
