@@ -965,8 +965,7 @@ def main(args: Args):
                 action = np.stack([actions[step // args.action_repeat - 1] for actions in warm_up])
             else:
                 action, key = explore(state, obs, args)
-                # Computes while the environments step.
-                state, metrics = learn(state._replace(key=key), buffer, args)
+                state, metrics = learn(state._replace(key=key), buffer, args)  # computes meanwhile
                 recent.append(metrics)
             action = np.asarray(action, np.float32)
             next_obs, reward, terminated, truncated = envs.step(action)
