@@ -166,11 +166,39 @@ def sentence(measure: str, agent: str, values: dict[str, list]) -> str:
     return f"{name}: time grows with {', '.join(times)}"
 
 
-def figure(results: dict, path: Path):
-    """Draws time (solid) and peak memory (dotted) over each axis, with a line for each script."""
+def figure(record: dict, path: Path):
+    """Draws what was measured: bars, but for the growth with every size."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(12, 7), layout="constrained")
+    if record["measure"] == "scaling":
+        growth(drawing, record["results"])
+    elif record["measure"] != "limit":  # of many units
+        drawing.set_figheight(0.8 + 0.45 * max(len(x) for x in record["results"].values()))
+        bars(drawing, record)
+    else:
+        return
+    drawing.savefig(path)
+
+
+def bars(drawing, record: dict):
+    """The median of each side, with a whisker from its best round to its worst."""
+    results = record["results"]
+    panels = drawing.subplots(1, len(results), squeeze=False)[0]
+    for panel, (agent, values) in zip(panels, results.items()):
+        medians = np.array([np.median(numbers) for numbers in values.values()])
+        ends = np.array([(min(numbers), max(numbers)) for numbers in values.values()]).T
+        colors = ["C0" if side.startswith("ours") else "0.7" for side in values]
+        panel.barh(list(values), medians, color=colors)
+        panel.errorbar(medians, list(values), xerr=abs(ends - medians), fmt="none", ecolor="0.3")
+        panel.bar_label(panel.containers[0], fmt="%.3g", label_type="center")
+        panel.invert_yaxis()
+        panel.set(title=agent.upper(), xlabel=record["unit"])
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def growth(drawing, results: dict):
+    """Time (solid) and peak memory (dotted) over each axis, with a line for each script."""
     for panel, (axis, sizes) in zip(drawing.subplots(2, 3).flat, AXES.items()):
         memory = panel.twinx()
         for agent, values in results.items():
@@ -178,6 +206,7 @@ def figure(results: dict, path: Path):
                 y = [np.median(values[f"{axis} {size}, {unit}"]) for size in sizes]
                 where.plot(sizes, y, style, label=agent.upper())
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per call")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
         memory.set(ylim=(0, None), ylabel="GB at peak")
     panel.legend()
-    drawing.savefig(path)

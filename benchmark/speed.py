@@ -10,7 +10,8 @@
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
-disturbs all sides. The tables show medians over the rounds; every number goes to a JSON file.
+disturbs all sides. The tables and figures show medians over the rounds; every number goes to a JSON
+file, and --show makes table and figure of that file again.
 """
 
 import dataclasses
@@ -70,6 +71,7 @@ class Args:
     updates: int = 500  # timed updates of a round, for --measure updates
     steps: int = 4_000  # timed environment steps of a round, for --measure steps
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
+    show: bool = False  # measure nothing; table, sentence and figure from the file of raw numbers
 
 
 def milliseconds(call, wait, count: int):
@@ -348,8 +350,8 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
     return (f"{agent.upper()}: " if "ours" in values else "") + ", ".join(clause)
 
 
-def main(args: Args):
-    """Measures, prints a table for each algorithm and a sentence, writes the raw numbers."""
+def run(args: Args) -> dict:
+    """Measures; returns the raw numbers, and of what and with what they are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")  # JAX processes share one GPU
     packages = "jax jaxlib flax optax numpy gymnasium mujoco torch stable_baselines3 sbx_rl".split()
     installed = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
@@ -359,7 +361,7 @@ def main(args: Args):
         "measure": args.measure,
         "unit": UNITS[args.measure],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "args": {k: v for k, v in vars(args).items() if k != "out"},
+        "args": {k: v for k, v in vars(args).items() if k not in ("out", "show")},
         "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
         "cpu": names[0].split(": ")[1] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -373,10 +375,6 @@ def main(args: Args):
         "versions": {name: installed.get(name) for name in (*packages, "dm_control")},
         "results": {},
     }
-    warning = "Warning: others keep {:.1f} cores busy; do not quote these numbers."
-    if record["busy_cores_at_start"] > 0.2:
-        print(warning.format(record["busy_cores_at_start"]), file=sys.stderr)
-    clauses = []
     for agent in args.agents:
         sides = sides_of(args, agent)
         # Sizes one by one: together they would not fit into memory.
@@ -386,16 +384,27 @@ def main(args: Args):
             more_values, busy_now = alternate(group, args.repeats)
             values, busy = values | more_values, max(busy, busy_now)
         record["results"][agent], record["busy_cores_meanwhile"][agent] = values, busy
-        clauses.append(summarize(args.measure, agent, values))
-    record["sentence"] = f"{'; '.join(clauses)} ({args.measure})."
-    print(record["sentence"])
-    if (busy := max(record["busy_cores_meanwhile"].values())) > 0.2:
-        print(warning.format(busy), file=sys.stderr)
+    return record
+
+
+def main(args: Args):
+    """Measures and writes the raw numbers; prints a table for each algorithm and a sentence."""
     out = args.out or ROOT / "benchmark" / "results" / f"speed-{args.measure}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
-    if args.measure == "scaling":
-        importlib.import_module("anatomy").figure(record["results"], out.with_suffix(".png"))
+    if args.show and not out.exists():
+        print(f"--out {out} is not there; without --show it is measured.", file=sys.stderr)
+        sys.exit(2)
+    record = json.loads(out.read_text()) if args.show else run(args)
+    measure, results = record["measure"], record["results"]
+    clauses = [summarize(measure, agent, values) for agent, values in results.items()]
+    record["sentence"] = f"{'; '.join(clauses)} ({measure})."
+    print(record["sentence"])
+    busy = max(record["busy_cores_at_start"], *record["busy_cores_meanwhile"].values())
+    if busy > 0.2:
+        print(f"Warning: others kept {busy:.1f} cores busy; do not quote these.", file=sys.stderr)
+    if not args.show:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    importlib.import_module("anatomy").figure(record, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
