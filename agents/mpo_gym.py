@@ -1067,6 +1067,9 @@ def resume(args: Args, state: State, buffer: Buffer, envs: Environments):
     obs = np.zeros((args.num_seeds, envs.obs_dim), np.float32)
     loop = {"obs": obs, "returns": zeros, "lengths": zeros.astype(int), "episodes": envs.episodes}
     step, state, saved, rest = load(run_dir, state, buffer=buffer, loop=loop)
+    for path in checkpoints(run_dir):
+        if int(path.stem) > step:  # damaged, and not one of the two to keep
+            path.rename(path.with_suffix(".damaged"))
     loop, buffer = saved["loop"], jax.tree.map(jnp.asarray, saved["buffer"])
     obs = envs.replay(loop["episodes"], [rest[f"actions/{i}"] for i in range(args.num_seeds)])
     for i in np.flatnonzero((obs != loop["obs"]).any(axis=1)):

@@ -28,11 +28,11 @@ def breakdown(script: str, steps: int):
     """Milliseconds of the host for each part of an environment step in the script's `main`.
 
     `learn` only dispatches: what is left of the update when the environment has been stepped shows
-    up where the host waits, in the next action or in `insert`.
+    up where the host waits, in the next action or in `insert`. There is one evaluation in `steps`.
     """
     module, args = speed.load(
         script, **speed.SIZES, **speed.NETS, learning_starts=speed.LEARNING_STARTS,
-        eval_frequency=0, run_dir="timed_run",
+        eval_frequency=steps, run_dir="timed_run",
     )  # fmt: skip
     spent = {}
 
@@ -54,6 +54,8 @@ def breakdown(script: str, steps: int):
         return jax.block_until_ready(explore(*arguments))
 
     def environment(*arguments):
+        if len(arguments) > 2:  # with the environments that are active: an evaluation
+            return step(*arguments)
         spent["calls"] = calls = spent.get("calls", 0) + 1
         if calls == speed.FIRST:  # run_main has just started its clock
             spent.clear()
@@ -64,6 +66,7 @@ def breakdown(script: str, steps: int):
     module.explore = timed("act, and waiting for the last update", act)
     module.learn = timed("dispatching the update", module.learn)
     module.insert = timed("insert", module.insert)
+    module.evaluate = timed("evaluation", module.evaluate)
     for name in ("losses", "episode"):
         setattr(module.Log, name, timed("logging", getattr(module.Log, name)))
     module.Environments.step = environment

@@ -2,6 +2,7 @@
 
     python benchmark/report.py                        # benchmark/results/curves
     python benchmark/report.py runs/a runs/b --center mean --out-dir somewhere
+    python benchmark/report.py runs --by n_step gamma   # a curve for each value of these flags
 
 Reads eval.csv (or eval.csv.gz) and config.json of every run below RESULTS and writes report.md,
 report.csv and figures/. Statistics come from rliable (Agarwal et al., "Deep Reinforcement Learning
@@ -48,6 +49,7 @@ class Args:
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (
         ROOT / "benchmark" / "results" / "curves",
     )
+    by: tuple[str, ...] = ()  # flags of the scripts, such as n_step, that tell variants apart
     out_dir: Path = ROOT / "benchmark" / "results"  # for report.md, report.csv and figures/
     steps: tuple[int, ...] = (100_000, 250_000, 500_000, 1_000_000)  # columns of the tables
     center: Literal["iqm", "mean"] = "iqm"  # interquartile mean or mean over seeds
@@ -140,13 +142,16 @@ def read_minutes(run: Path) -> pd.Series:
     return pd.read_csv(path, index_col="global_step")["seconds"] / 60
 
 
-def name_of(config: dict) -> tuple[str, str]:
-    """Task and algorithm as the report calls them."""
+def name_of(config: dict, by: tuple[str, ...]) -> tuple[str, str]:
+    """Task and algorithm, with the values of the flags `by`, as the report calls them."""
     env_id = config["env_id"].removeprefix("dm_control/")
     if env_id != config["env_id"]:
         env_id = env_id.removesuffix("-v0")
     usual = re.fullmatch(r"([a-z0-9]+)_(dmc|gym)", config["exp_name"])
-    return env_id, usual[1].upper() if usual else config["exp_name"]
+    if unknown := [flag for flag in by if flag not in config]:
+        fail(f"--by {unknown[0]} is not in config.json; {config['exp_name']} has no such flag.")
+    name = usual[1].upper() if usual else config["exp_name"]
+    return env_id, ", ".join([name, *(f"{flag} {config[flag]}" for flag in by)])
 
 
 def order(env_id: str, algorithm: str) -> tuple:
@@ -168,13 +173,13 @@ def shared(curves: dict) -> dict[str, dict[str, Curves]]:
     return {env_id: x for env_id, x in curves.items() if set(x) == names}
 
 
-def read_runs(results: tuple[Path, ...]) -> dict[str, dict[str, Curves]]:
+def read_runs(args: Args) -> dict[str, dict[str, Curves]]:
     """The curves by task and algorithm; each seed of both may be there once."""
     parts, seen = {}, {}
-    for run in find_runs(results):
+    for run in find_runs(args.results):
         try:
             config = json.loads((run / "config.json").read_text())
-            name, episodes = name_of(config["args"]), config["args"]["eval_episodes"]
+            name, episodes = name_of(config["args"], args.by), config["args"]["eval_episodes"]
         except (OSError, ValueError, KeyError) as error:
             fail(f"{run / 'config.json'} is needed beside eval.csv: {type(error).__name__} {error}")
         returns = read_returns(run, episodes)
@@ -185,7 +190,7 @@ def read_runs(results: tuple[Path, ...]) -> dict[str, dict[str, Curves]]:
             if other := seen.get((*name, seed)):
                 fail(
                     f"{other} and {run} are both seed {seed} of {name[1]} on {name[0]}; "
-                    "give variants an --exp-name of their own."
+                    "tell variants apart with --by FLAG, or give them an --exp-name of their own."
                 )
             seen[*name, seed] = run
         minutes = read_minutes(run).reindex(returns.index).dropna()
@@ -623,7 +628,7 @@ def main(args: Args):
         fail(f"--published {args.published} cannot be read: {error}")
     matplotlib.use("agg")
     with plt.rc_context(STYLE):
-        text = write(read_runs(args.results), args, published)
+        text = write(read_runs(args), args, published)
     (args.out_dir / "report.md").write_text(text)
     print(text)
 

@@ -69,7 +69,7 @@ class Args:
     rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
     repeats: int = 7  # rounds, in each of which every side measures once
     updates: int = 500  # timed updates of a round, for --measure updates
-    steps: int = 4_000  # timed environment steps of a round, for --measure steps
+    steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
     show: bool = False  # measure nothing; table, sentence and figure from the file of raw numbers
 

@@ -188,7 +188,10 @@ def test_bad_results(tmp_path, capsys):
     curves = copy_of_data(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         report.main(args(tmp_path, curves, DATA / "curves"))
-    assert "give variants an --exp-name" in capsys.readouterr().err
+    assert "tell variants apart with --by" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        report.main(args(tmp_path, curves, by=("n_stepp",)))
+    assert "--by n_stepp is not in config.json" in capsys.readouterr().err
 
 
 def test_what_does_not_count(tmp_path):
@@ -210,4 +213,7 @@ def test_names():
     names |= {("td3_gym", "Hopper-v5"): ("Hopper-v5", "TD3")}
     names |= {("sac_dmc_n3", "walker-walk"): ("walker-walk", "sac_dmc_n3")}
     for (exp_name, env_id), expected in names.items():
-        assert report.name_of({"exp_name": exp_name, "env_id": env_id}) == expected
+        config = {"exp_name": exp_name, "env_id": env_id, "n_step": 3, "gamma": 0.9}
+        assert report.name_of(config, by=()) == expected
+        variant = (expected[0], f"{expected[1]}, n_step 3, gamma 0.9")
+        assert report.name_of(config, by=("n_step", "gamma")) == variant

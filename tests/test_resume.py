@@ -329,6 +329,7 @@ def test_damaged_checkpoint(script, damage, stopped, tmp_path, monkeypatch, caps
     assert "Going on at step 400 of 900" in output
     assert "800.npz is damaged and passed over" in errors and errors.count("\n") == 1
     assert not Path("malicious-code-was-run").exists()
+    assert (stopped / "checkpoint" / "800.damaged").exists(), "it would count as one of the two"
     assert_same_run(tmp_path / "whole", stopped)
 
 
