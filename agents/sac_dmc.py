@@ -12,9 +12,9 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.059
 
     python sac_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
-Departs: LayerNorm in the critics (--no-layer-norm), observations normalised by running moments
-(--no-normalize-obs), target entropy -A/2 instead of -A (--target-entropy-scale 1). With --n-step
-above 1 the entropy of the steps between is left out of the target.
+Departs: targets sum 3 rewards, without the entropy of the steps between, before they bootstrap
+(--n-step 1), LayerNorm in the critics (--no-layer-norm), observations normalised by running moments
+(--no-normalize-obs), target entropy -A/2 instead of -A (--target-entropy-scale 1).
 """
 
 import contextlib
@@ -95,7 +95,7 @@ class Args:
     updates_per_step: Int = 1  # gradient updates for each action
     batch_size: Int = 256  # transitions in the minibatch of an update
     gamma: float = 0.99  # discount factor
-    n_step: Int = 1  # rewards in a target before it bootstraps
+    n_step: Int = 3  # rewards in a target before it bootstraps
     tau: float = 0.005  # share of the online critics in a step of the target critics
     target_network_frequency: Int = 1  # updates between steps of the target critics
     policy_frequency: Int = 1  # updates between steps of the actor and of alpha
