@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
-#   "jax>=0.6", "jaxlib>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.0", "scipy>=1.14",
+#   "jax>=0.6", "jaxlib>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.2", "scipy>=1.14",
 #   "dm_control>=1.0.30", "mujoco>=3.3.2,<4", "gymnasium>=1.3", "tyro>=0.9.20",
 #   "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
 # ]

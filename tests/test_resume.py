@@ -437,16 +437,23 @@ def test_full_disk(script, tmp_path):
 
 @pytest.mark.parametrize("episodes", [2, 3])
 def test_evaluate(script, episodes, stopped, capsys):
-    """The episodes that eval.csv has for the step of the checkpoint, and more if asked for."""
+    """The episodes that eval.csv has for the step of the checkpoint, and more if asked for.
+
+    With more of them products have other shapes, so that they may differ in the last digits.
+    """
     capsys.readouterr()
     words = ["--evaluate", str(stopped), "--eval-episodes", str(episodes)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__, *words])
         script.main(script.flags())
     rows = capsys.readouterr().out.splitlines()
-    logged = (stopped / "eval.csv").read_text().splitlines()
-    assert rows[:3] == [logged[0], *(row for row in logged if row.startswith("800,"))]
-    assert len(rows) == 1 + episodes
+    header, *logged = (stopped / "eval.csv").read_text().splitlines()
+    logged = [row for row in logged if row.startswith("800,")]
+    assert rows[0] == header and len(rows) == 1 + episodes
+    if episodes == 2:
+        assert rows[1:] == logged
+    numbers = [[[float(x) for x in row.split(",")] for row in part] for part in (rows[1:3], logged)]
+    np.testing.assert_allclose(*numbers, rtol=1e-4)
 
 
 def readme_function() -> str:

@@ -217,7 +217,7 @@ def watch(event, arguments):
         done.append(f"{event} {arguments[0]}")
 
 done, environment = [], dict(os.environ)
-import flax, jax, optax  # what they do is not the script's doing
+import flax, jax, optax, scipy.optimize  # what they do is not the script's doing
 sys.addaudithook(watch)
 spec = importlib.util.spec_from_file_location("script", sys.argv[1])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
