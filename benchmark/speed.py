@@ -350,8 +350,8 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
     return (f"{agent.upper()}: " if "ours" in values else "") + ", ".join(clause)
 
 
-def run(args: Args) -> dict:
-    """Measures; returns the raw numbers, and of what and with what they are."""
+def run(args: Args, out: Path) -> dict:
+    """Measures; returns and after each algorithm writes the raw numbers, and how they were made."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")  # JAX processes share one GPU
     packages = "jax jaxlib flax optax numpy gymnasium mujoco torch stable_baselines3 sbx_rl".split()
     installed = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
@@ -384,6 +384,8 @@ def run(args: Args) -> dict:
             more_values, busy_now = alternate(group, args.repeats)
             values, busy = values | more_values, max(busy, busy_now)
         record["results"][agent], record["busy_cores_meanwhile"][agent] = values, busy
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
@@ -393,7 +395,7 @@ def main(args: Args):
     if args.show and not out.exists():
         print(f"--out {out} is not there; without --show it is measured.", file=sys.stderr)
         sys.exit(2)
-    record = json.loads(out.read_text()) if args.show else run(args)
+    record = json.loads(out.read_text()) if args.show else run(args, out)
     measure, results = record["measure"], record["results"]
     clauses = [summarize(measure, agent, values) for agent, values in results.items()]
     record["sentence"] = f"{'; '.join(clauses)} ({measure})."
@@ -402,7 +404,6 @@ def main(args: Args):
     if busy > 0.2:
         print(f"Warning: others kept {busy:.1f} cores busy; do not quote these.", file=sys.stderr)
     if not args.show:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=2) + "\n")
     importlib.import_module("anatomy").figure(record, out.with_suffix(".png"))
 
