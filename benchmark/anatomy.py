@@ -163,10 +163,16 @@ def sentence(measure: str, agent: str, values: dict[str, list]) -> str:
             f"{name}: a step takes {total:.2f} ms, {100 * x[most] / total:.0f} % of it for {most}"
         )
     times = []
-    for axis, sizes in AXES.items():
+    for axis, sizes in measured(values).items():
         gain = x[f"{axis} {sizes[-1]}, ms"] / x[f"{axis} {sizes[0]}, ms"]
         times.append(f"{axis} from {sizes[0]} to {sizes[-1]} {gain:.1f}x")
     return f"{name}: time grows with {', '.join(times)}"
+
+
+def measured(values: dict[str, list]) -> dict:
+    """The axes that were measured, with their sizes."""
+    axes = {line.split()[0] for line in values}
+    return {axis: sizes for axis, sizes in AXES.items() if axis in axes}
 
 
 def figure(record: dict, path: Path):
@@ -202,7 +208,11 @@ def bars(drawing, record: dict):
 
 def growth(drawing, results: dict):
     """Time (solid) and peak memory (dotted) over each axis, with a line for each script."""
-    for panel, (axis, sizes) in zip(drawing.subplots(2, 3).flat, AXES.items()):
+    axes = measured(next(iter(results.values())))
+    panels = drawing.subplots(-(-len(axes) // 3), 3, squeeze=False).flat
+    for spare in panels[len(axes) :]:
+        spare.remove()
+    for panel, (axis, sizes) in zip(panels, axes.items()):
         memory = panel.twinx()
         for agent, values in results.items():
             for where, unit, style in ((panel, "ms", "o-"), (memory, "GB", ":")):

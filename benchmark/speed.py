@@ -57,6 +57,8 @@ NETS = {"hidden_width": 256, "hidden_layers": 2}
 OBS_DIM, ACTION_DIM = 17, 6
 FILLED, WARM_UPDATES = 50_000, 20  # random transitions in the buffer, then untimed updates
 LEARNING_STARTS, FIRST = 1_000, 1_500  # random steps; the step at which the clock starts
+GROWING = ("batch_size", "hidden_width", "num_seeds", "updates_per_step")
+Axis = Literal[(*GROWING, "obs_dim", "buffer_size")]
 REST = 0.5  # seconds after each measurement, in which its threads go to sleep
 
 
@@ -68,8 +70,9 @@ class Args:
     agents: tuple[str, ...] = ("sac", "td3", "mpo")  # algorithms
     rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
     repeats: int = 7  # rounds, in each of which every side measures once
-    updates: int = 500  # timed updates of a round, for --measure updates
+    updates: int = 500  # timed updates of a round, for --measure updates, limit and scaling
     steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
+    axes: tuple[Axis, ...] = ()  # sizes to change one by one, for --measure scaling; default all
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
     show: bool = False  # measure nothing; table, sentence and figure from the file of raw numbers
 
@@ -77,7 +80,7 @@ class Args:
 def milliseconds(call, wait, count: int):
     """Time per call, again and again, each time after a few calls that are not timed."""
     while True:
-        for n in (WARM_UPDATES, count):
+        for n in (min(WARM_UPDATES, count), count):
             wait()
             start = time.perf_counter()
             for _ in range(n):
@@ -311,10 +314,15 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
     if args.measure == "limit":
         return {"limit": ("anatomy.limit", f"{agent}_gym", args.updates)}
     if args.measure == "scaling":
-        axes = importlib.import_module("anatomy").AXES
-        sizes = [(axis, size) for axis in axes for size in axes[axis]]
-        count = max(args.updates // 10, 1)  # the largest sizes take hundreds of milliseconds
-        return {f"{x} {n}": ("anatomy.scaling", f"{agent}_gym", x, n, count) for x, n in sizes}
+        sizes = importlib.import_module("anatomy").AXES
+        # Where a call grows with the size, as many fewer of them.
+        counts = {
+            (axis, size): args.updates * (sizes[axis][0] if axis in GROWING else size) // size
+            for axis in args.axes or sizes
+            for size in sizes[axis]
+        }
+        measure = ("anatomy.scaling", f"{agent}_gym")
+        return {f"{x} {n}": (*measure, x, n, max(count, 3)) for (x, n), count in counts.items()}
     count = getattr(args, args.measure)
     sides = {"ours": (f"our_{args.measure}", f"{agent}_gym", count)}
     if args.measure == "updates" and agent != "mpo":  # its defaults are the same
