@@ -546,7 +546,7 @@ def draw_curves(curves: dict, rows: list[Row], published: pd.DataFrame, args: Ar
     for series, (label, marker) in OTHERS.items():
         if series in shown:
             handles.append(plt.Line2D([], [], ls="", c="0.35", **marker, label=label))
-    width = len(handles) if columns > 1 else 2
+    width = len(handles) if columns > 2 else 2
     figure.legend(handles=handles, loc="outside upper center", ncols=width)
     save(figure, args.out_dir / "figures" / "curves")
 
