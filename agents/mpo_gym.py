@@ -105,6 +105,7 @@ class Args:
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
     layer_norm: bool = True  # LayerNorm before each activation of the critics
+    bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = True  # normalise observations by their running mean and variance
 
     policy_lr: float = 3e-4  # Adam's step size for the actor
@@ -255,6 +256,12 @@ class Environments:
 # --- networks -------------------------------------------------------------------------------------
 
 
+def bfloat16_product(x, kernel, dims, **_):
+    """jax.lax.dot_general of factors rounded to bfloat16, summed in float32."""
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+
+
 class MLP(nn.Module):
     """Hidden layers with ReLU, then a linear head; LayerNorm, if asked for, before each ReLU."""
 
@@ -264,8 +271,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for _ in range(self.args.hidden_layers):
-            x = nn.Dense(self.args.hidden_width)(x)
+        for i in range(self.args.hidden_layers):
+            product = bfloat16_product if self.args.bfloat16 and i > 0 else jax.lax.dot_general
+            x = nn.Dense(self.args.hidden_width, dot_general=product)(x)
             x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return nn.Dense(self.out, name="head")(x)
 

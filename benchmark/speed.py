@@ -118,6 +118,11 @@ def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
     return milliseconds(learn, lambda: jax.block_until_ready((state, buffer)), updates)
 
 
+def bfloat16_updates(script: str, updates: int):
+    """The same with --bfloat16."""
+    return our_updates(script, updates, bfloat16=True)
+
+
 def run_main(module, args, marks: tuple) -> list[float]:
     """Runs the script's `main` up to the last mark; returns when the steps at the marks began.
 
@@ -327,6 +332,8 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
     sides = {"ours": (f"our_{args.measure}", f"{agent}_gym", count)}
     if args.measure == "updates" and agent != "mpo":  # its defaults are the same
         sides["ours, dmc defaults"] = ("our_updates", f"{agent}_dmc", count)
+    if args.measure == "updates":
+        sides["ours, --bfloat16"] = ("bfloat16_updates", f"{agent}_gym", count)
     for rival in args.rivals:
         if rival in RIVALS and agent in ("sac", "td3"):
             sides[RIVALS[rival]] = (f"rival_{args.measure}", rival, agent, count)

@@ -7,6 +7,7 @@ comparisons are NumPy too: outside jit, JAX would compile every operation for ev
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import SMALL, small_args
 
@@ -146,11 +147,14 @@ def float64(tree):
     return jax.tree.map(partial(np.asarray, dtype=np.float64), tree)
 
 
-def mlp(params: dict, x, layer_norm: bool = False):
+def mlp(params: dict, x, layer_norm: bool = False, bfloat16: bool = False):
     """Dense layers with ReLU, then a linear head."""
     layers = params["params"]
     for i in range(sum(name.startswith("Dense") for name in layers)):
-        x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+        factors = x, layers[f"Dense_{i}"]["kernel"]
+        if bfloat16 and i > 0:
+            factors = [factor.astype(jnp.bfloat16).astype(factor.dtype) for factor in factors]
+        x = factors[0] @ factors[1] + layers[f"Dense_{i}"]["bias"]
         if layer_norm:
             norm = layers[f"LayerNorm_{i}"]
             x = x - x.mean(-1, keepdims=True)
@@ -164,7 +168,7 @@ def q_values(critic, obs, action, args):
     """Both critics, [2, B]."""
     x = np.concatenate([obs, action], axis=1)
     both = [jax.tree.map(lambda p: p[i], critic) for i in range(2)]
-    return np.stack([mlp(one, x, args.layer_norm)[:, 0] for one in both])
+    return np.stack([mlp(one, x, args.layer_norm, args.bfloat16)[:, 0] for one in both])
 
 
 def greedy(script, actor, obs):

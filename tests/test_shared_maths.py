@@ -1,5 +1,7 @@
 """What algorithms have in common: targets, critics, target networks, acting, replay, learning."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,31 @@ def test_the_critic_loss_ignores_the_order_and_repetition_of_samples(script):
     expected = gradient(np.arange(BATCH))
     assert_close(gradient(order), expected)
     assert_close(gradient(np.tile(order, 2)), expected)
+
+
+def test_bfloat16_rounds_the_factors_between_hidden_layers_and_sums_in_float32(script):
+    args = small_args(script, hidden_layers=3, bfloat16=True)
+    full = dataclasses.replace(args, bfloat16=False)
+    critic, batch = perturbed(init(script, args).critic), random_batch(script)
+    q = compiled(script.q_values)(critic, batch.obs, batch.action, args=args)
+    inputs = float64((critic, batch.obs, batch.action))
+    exact, rounded = (oracles.q_values(*inputs, x) for x in (full, args))
+    assert np.abs(q - rounded).max() < 0.1 * np.abs(exact - rounded).max()
+    matrix = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    dims = ((1,), (0,)), ((), ())
+    product = jax.eval_shape(lambda x: script.bfloat16_product(x, x, dims), matrix)
+    assert product.dtype == jnp.float32
+
+    def norm(tree):
+        return np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+
+    def gradient(args):
+        loss = jax.grad(lambda critic: script.critic_loss(critic, batch, batch.reward, args)[0])
+        return jax.jit(loss)(critic)
+
+    exact, rounded = gradient(full), gradient(args)
+    error = norm(jax.tree.map(jnp.subtract, rounded, exact)) / norm(exact)
+    assert 1e-5 < error < 0.03
 
 
 # --- updates --------------------------------------------------------------------------------------
