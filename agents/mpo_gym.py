@@ -105,6 +105,7 @@ class Args:
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
     layer_norm: bool = True  # LayerNorm before each activation of the critics
+    clipped_double_q: bool = True  # the smaller value of the two critics counts, not their mean
     bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = True  # normalise observations by their running mean and variance
 
@@ -285,6 +286,11 @@ def q_values(critic: Params, obs, action, args: Args):
     return jax.vmap(net.apply, in_axes=(0, None))(critic, x).squeeze(-1)
 
 
+def reduced(q, args: Args):
+    """The value [...] that counts of those of both critics [2, ...]."""
+    return q.min(axis=0) if args.clipped_double_q else q.mean(axis=0)
+
+
 def policy(actor: Params, obs, args: Args):
     """Mean and standard deviation, [..., A] each, of the Gaussian whose samples are clipped."""
     net = MLP(args, actor["params"]["head"]["bias"].shape[-1])
@@ -443,7 +449,7 @@ def sampled_values(critic: Params, obs, actions, args: Args):
 
 def td_target(batch: Batch, next_q, args: Args):
     """The smaller of the two values expected under the target policy, [B]; next_q [2, N, B]."""
-    next_v = next_q.mean(axis=1).min(axis=0)
+    next_v = reduced(next_q.mean(axis=1), args)
     return batch.reward + args.gamma * batch.discount * next_v
 
 

@@ -102,6 +102,7 @@ class Args:
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
     layer_norm: bool = False  # LayerNorm before each activation of the critics
+    clipped_double_q: bool = True  # the smaller value of the two critics counts, not their mean
     bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = False  # normalise observations by their running mean and variance
 
@@ -276,6 +277,11 @@ def q_values(critic: Params, obs, action, args: Args):
     return jax.vmap(net.apply, in_axes=(0, None))(critic, x).squeeze(-1)
 
 
+def reduced(q, args: Args):
+    """The value [...] that counts of those of both critics [2, ...]."""
+    return q.min(axis=0) if args.clipped_double_q else q.mean(axis=0)
+
+
 def policy(actor: Params, obs, args: Args):
     """Mean and log standard deviation, [..., A] each, of the Gaussian that tanh squashes."""
     net = MLP(args, actor["params"]["head"]["bias"].shape[-1])
@@ -400,7 +406,7 @@ def explore(state: State, obs, args: Args):
 def td_target(state: State, batch: Batch, key, args: Args):
     """Soft Bellman target with the smaller of the two target critics, [B] (J_Q of Alg. 1)."""
     next_action, log_prob = sample_action(state.actor, batch.next_obs, key, args)
-    next_q = q_values(state.target_critic, batch.next_obs, next_action, args).min(axis=0)
+    next_q = reduced(q_values(state.target_critic, batch.next_obs, next_action, args), args)
     next_v = next_q - jnp.exp(state.log_alpha) * log_prob
     return batch.reward + args.gamma * batch.discount * next_v
 
@@ -421,7 +427,7 @@ def critic_loss(critic: Params, batch: Batch, target, args: Args):
 def actor_loss(actor: Params, state: State, batch: Batch, key, args: Args):
     """Expected alpha log pi - Q under reparameterised actions (J_pi of Alg. 1)."""
     action, log_prob = sample_action(actor, batch.obs, key, args)
-    q = q_values(state.critic, batch.obs, action, args).min(axis=0)
+    q = reduced(q_values(state.critic, batch.obs, action, args), args)
     loss = (jnp.exp(state.log_alpha) * log_prob - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 

@@ -102,6 +102,7 @@ class Args:
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
     layer_norm: bool = True  # LayerNorm before each activation of the critics
+    clipped_double_q: bool = True  # the smaller value of the two critics counts, not their mean
     bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = True  # normalise observations by their running mean and variance
 
@@ -273,6 +274,11 @@ def q_values(critic: Params, obs, action, args: Args):
     return jax.vmap(net.apply, in_axes=(0, None))(critic, x).squeeze(-1)
 
 
+def reduced(q, args: Args):
+    """The value [...] that counts of those of both critics [2, ...]."""
+    return q.min(axis=0) if args.clipped_double_q else q.mean(axis=0)
+
+
 def policy(actor: Params, obs, args: Args):
     """The deterministic action [..., A]."""
     return jnp.tanh(MLP(args, actor["params"]["head"]["bias"].shape[-1]).apply(actor, obs))
@@ -380,7 +386,7 @@ def td_target(state: State, batch: Batch, key, args: Args):
     noise = args.policy_noise * jax.random.normal(key, batch.action.shape)
     noise = jnp.clip(noise, -args.noise_clip, args.noise_clip)
     next_action = jnp.clip(policy(state.target_actor, batch.next_obs, args) + noise, -1, 1)
-    next_q = q_values(state.target_critic, batch.next_obs, next_action, args).min(axis=0)
+    next_q = reduced(q_values(state.target_critic, batch.next_obs, next_action, args), args)
     return batch.reward + args.gamma * batch.discount * next_q
 
 

@@ -107,6 +107,21 @@ def test_the_target_takes_the_smaller_critic_whichever_it_is(script):
         np.testing.assert_allclose(target, 1 + 0.5 * 2, rtol=1e-5)
 
 
+def test_without_clipped_double_q_the_mean_of_both_critics_counts(script):
+    args = linear_args(script, gamma=0.5, clipped_double_q=False, **noiseless(script))
+    state, batch = init(script, args), same_observations(script, BATCH)
+    state = state._replace(target_critic=constant_critics(2, 4), critic=constant_critics(2, 4))
+    target = td_target(script)(state, batch, jax.random.key(0), args=args)
+    np.testing.assert_allclose(target, 1 + 0.5 * 3, rtol=1e-5)
+    if script.algorithm == "sac":  # its actor takes the same value
+        loss = compiled(script.actor_loss)
+        clipped = dataclasses.replace(args, clipped_double_q=True)
+        mean, smaller = (
+            loss(state.actor, state, batch, jax.random.key(0), args=x)[0] for x in (args, clipped)
+        )
+        np.testing.assert_allclose(smaller - mean, 1, rtol=1e-5)
+
+
 def test_the_critic_loss_ignores_the_order_and_repetition_of_samples(script):
     args = small_args(script)
     state, batch = init(script, args), random_batch(script)
