@@ -107,7 +107,7 @@ def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
     module, args = load(script, **SIZES | NETS | changes)
     state = module.init(np.arange(args.num_seeds), obs_dim, ACTION_DIM, args)
     buffer = module.make_buffer(obs_dim, ACTION_DIM, args)
-    filled = min(FILLED, args.buffer_size)
+    filled = args.buffer_size if "buffer_size" in changes else FILLED  # then every row is drawn
     rows = np.random.default_rng(0).uniform(-1, 1, (filled, buffer.rows.shape[-1]))
     buffer = buffer._replace(rows=buffer.rows.at[:, :filled].set(rows), count=buffer.count + filled)
 
@@ -367,7 +367,7 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
 
 def run(args: Args, out: Path) -> dict:
     """Measures; returns and after each algorithm writes the raw numbers, and how they were made."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")  # JAX processes share one GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share one GPU
     packages = "jax jaxlib flax optax numpy gymnasium mujoco torch stable_baselines3 sbx_rl".split()
     installed = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
     names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
@@ -392,10 +392,11 @@ def run(args: Args, out: Path) -> dict:
     }
     for agent in args.agents:
         sides = sides_of(args, agent)
-        # Sizes one by one: together they would not fit into memory.
-        groups = [{x: y} for x, y in sides.items()] if args.measure == "scaling" else [sides]
+        groups = {}  # sizes of one axis in turn; all at once would not fit into memory
+        for side, what in sides.items():
+            groups.setdefault(side.split()[0] if args.measure == "scaling" else "", {})[side] = what
         values, busy = {}, 0
-        for group in groups:
+        for group in groups.values():
             more_values, busy_now = alternate(group, args.repeats)
             values, busy = values | more_values, max(busy, busy_now)
         record["results"][agent], record["busy_cores_meanwhile"][agent] = values, busy
