@@ -209,7 +209,7 @@ def bars(drawing, record: dict):
 def growth(drawing, results: dict):
     """Time (solid) and peak memory (dotted) over each axis, with a line for each script."""
     axes = measured(next(iter(results.values())))
-    panels = drawing.subplots(-(-len(axes) // 3), 3, squeeze=False).flat
+    panels = drawing.subplots(-(-len(axes) // 3), 3, squeeze=False, sharey=True).flat
     for spare in panels[len(axes) :]:
         spare.remove()
     for panel, (axis, sizes) in zip(panels, axes.items()):
@@ -221,5 +221,6 @@ def growth(drawing, results: dict):
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per call")
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.minorticks_off()
-        memory.set(ylim=(0, None), ylabel="GB at peak")
-    panel.legend()
+        memory.set(ylim=(0, None), ylabel="GB at peak (dotted)")
+    handles, labels = panel.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside upper center", ncols=len(labels))
