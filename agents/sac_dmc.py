@@ -13,8 +13,8 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.059
     python sac_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
 Departs: targets sum 3 rewards, without the entropy of the steps between, before they bootstrap
-(--n-step 1), LayerNorm in the critics (--no-layer-norm), observations normalised by running moments
-(--no-normalize-obs), target entropy -A/2 instead of -A (--target-entropy-scale 1).
+(--n-step 1), observations normalised by running moments (--no-normalize-obs), target entropy -A/2
+instead of -A (--target-entropy-scale 1). LayerNorm in the critics is a flag (--layer-norm).
 """
 
 import contextlib
@@ -101,7 +101,7 @@ class Args:
     policy_frequency: Int = 1  # updates between steps of the actor and of alpha
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
-    layer_norm: bool = True  # LayerNorm before each activation of the critics
+    layer_norm: bool = False  # LayerNorm before each activation of the critics
     clipped_double_q: bool = True  # the smaller value of the two critics counts, not their mean
     bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = True  # normalise observations by their running mean and variance
