@@ -1,11 +1,14 @@
 """What a script spends its time on, how near that is to the limit, and how it grows.
 
-The measurements of `speed.py --measure breakdown`, `limit` and `scaling`, each a generator of
-{line of the table: number}, and the figure of the last.
+The measurements of `speed.py --measure breakdown`, `limit`, `scaling` and `seeds`, generators of
+numbers or of {line of the table: number}, and the figures.
 """
 
 import math
+import os
 import resource
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ AXES = {
     "obs_dim": (5, 17, 24, 67),  # cartpole, cheetah, walker, humanoid
     "buffer_size": (10_000, 100_000, 1_000_000),
 }
+SEEDS = ("one seed", "--num-seeds 2", "two seeds, a device each", "two seeds, a process each")
 
 
 def breakdown(script: str, steps: int):
@@ -149,6 +153,54 @@ def scaling(script: str, axis: str, value: int, updates: int):
         yield {f"{axis} {value}, ms": milliseconds, f"{axis} {value}, GB": peak}
 
 
+def seeds(script: str, updates: int, form: str):
+    """Milliseconds of an update of one seed or of two side by side, in one of the forms SEEDS.
+
+    With a device each, the seeds' axis is sharded over two devices of the CPU; with a process each,
+    these are pinned to a core, and the time is that of the slower.
+    """
+    if form == "one seed":
+        return speed.our_updates(script, updates)
+    if form == "--num-seeds 2":
+        return speed.our_updates(script, updates, num_seeds=2)
+    return (
+        on_two_devices(script, updates) if "device" in form else in_two_processes(script, updates)
+    )
+
+
+def on_two_devices(script: str, updates: int):
+    """`learn` under `shard_map`, with a seed on each of two devices."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    jax.config.update("jax_num_cpu_devices", 2)
+    module, args, state, buffer = speed.ready_to_learn(script, num_seeds=2)
+    mesh = jax.sharding.Mesh(jax.devices("cpu"), "seed")
+    split, copy = PartitionSpec("seed"), PartitionSpec()
+    specs = (split, module.Buffer(rows=split, count=copy))
+    learn = partial(module.learn.__wrapped__, args=args)
+    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    state = jax.device_put(state, NamedSharding(mesh, split))
+    rows = jax.device_put(buffer.rows, NamedSharding(mesh, split))
+    buffer = module.Buffer(rows, jax.device_put(buffer.count, NamedSharding(mesh, copy)))
+    return speed.learning_time(jax.jit(learn, donate_argnums=0), state, buffer, updates)
+
+
+def in_two_processes(script: str, updates: int):
+    """Two processes that learn at the same time, each with one seed on a core of its own."""
+    code = f"import speed, sys; times = speed.our_updates({script!r}, {updates})\n"
+    code += "for line in sys.stdin: print(next(times), flush=True)"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    python = [sys.executable, "-c", code]
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    pair = [subprocess.Popen(["taskset", "-c", str(x), *python], env=env, **pipes) for x in cores]
+    while True:
+        for process in pair:
+            process.stdin.write("measure\n")
+        yield max(float(process.stdout.readline()) for process in pair)
+
+
 def sentence(measure: str, agent: str, values: dict[str, list]) -> str:
     """What a reader wants to know of these numbers."""
     x = {line: np.median(numbers) for line, numbers in values.items()}
@@ -162,6 +214,9 @@ def sentence(measure: str, agent: str, values: dict[str, list]) -> str:
         return (
             f"{name}: a step takes {total:.2f} ms, {100 * x[most] / total:.0f} % of it for {most}"
         )
+    if measure == "seeds":
+        times = {form: x[form] / x[SEEDS[0]] for form in SEEDS[1:]}
+        return f"{name}: of one seed's time, " + ", ".join(f"{t:.2f} {f}" for f, t in times.items())
     times = []
     for axis, sizes in measured(values).items():
         gain = x[f"{axis} {sizes[-1]}, ms"] / x[f"{axis} {sizes[0]}, ms"]

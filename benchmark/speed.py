@@ -7,6 +7,7 @@
     python benchmark/speed.py --measure breakdown # where the time of an environment step goes
     python benchmark/speed.py --measure limit     # how near an update is to the matrix rate
     python benchmark/speed.py --measure scaling   # how time and memory grow with every size
+    python benchmark/speed.py --measure seeds     # what two seeds take, in one process and in two
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
@@ -50,6 +51,7 @@ UNITS = {
     "breakdown": "ms per environment step",
     "limit": "products of an update",
     "scaling": "one call of learn",
+    "seeds": "ms/update",
 }
 # Every side gets these sizes, the defaults of sac_gym.py and td3_gym.py, on HalfCheetah-v5.
 SIZES = {"buffer_size": 1_000_000, "batch_size": 256}
@@ -70,7 +72,7 @@ class Args:
     agents: tuple[str, ...] = ("sac", "td3", "mpo")  # algorithms
     rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
     repeats: int = 7  # rounds, in each of which every side measures once
-    updates: int = 500  # timed updates of a round, for --measure updates, limit and scaling
+    updates: int = 500  # timed updates of a round, for --measure updates, limit, scaling, seeds
     steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
     axes: tuple[Axis, ...] = ()  # sizes to change one by one, for --measure scaling; default all
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
@@ -100,22 +102,34 @@ def load(script: str, **changes):
     return module, dataclasses.replace(module.Args(), **changes)
 
 
-def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
-    """Times the script's `learn`: a minibatch drawn from the buffer and one update on it."""
-    import jax
-
+def ready_to_learn(script: str, obs_dim: int = OBS_DIM, **changes):
+    """The script's module, its flags, a state, and a buffer of random transitions."""
     module, args = load(script, **SIZES | NETS | changes)
     state = module.init(np.arange(args.num_seeds), obs_dim, ACTION_DIM, args)
     buffer = module.make_buffer(obs_dim, ACTION_DIM, args)
     filled = args.buffer_size if "buffer_size" in changes else FILLED  # then every row is drawn
     rows = np.random.default_rng(0).uniform(-1, 1, (filled, buffer.rows.shape[-1]))
     buffer = buffer._replace(rows=buffer.rows.at[:, :filled].set(rows), count=buffer.count + filled)
+    return module, args, state, buffer
 
-    def learn():
+
+def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
+    """Times the script's `learn`: a minibatch drawn from the buffer and one update on it."""
+    module, args, state, buffer = ready_to_learn(script, obs_dim, **changes)
+    return learning_time(
+        lambda state, buffer: module.learn(state, buffer, args), state, buffer, updates
+    )
+
+
+def learning_time(learn, state, buffer, updates: int):
+    """Milliseconds of `learn(state, buffer) -> (state, metrics)`."""
+    import jax
+
+    def call():
         nonlocal state
-        state, _ = module.learn(state, buffer, args)
+        state, _ = learn(state, buffer)
 
-    return milliseconds(learn, lambda: jax.block_until_ready((state, buffer)), updates)
+    return milliseconds(call, lambda: jax.block_until_ready((state, buffer)), updates)
 
 
 def bfloat16_updates(script: str, updates: int):
@@ -318,6 +332,9 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
         return {"breakdown": ("anatomy.breakdown", f"{agent}_gym", args.steps)}
     if args.measure == "limit":
         return {"limit": ("anatomy.limit", f"{agent}_gym", args.updates)}
+    if args.measure == "seeds":
+        forms = importlib.import_module("anatomy").SEEDS
+        return {x: ("anatomy.seeds", f"{agent}_gym", args.updates, x) for x in forms}
     if args.measure == "scaling":
         sizes = importlib.import_module("anatomy").AXES
         # Where a call grows with the size, as many fewer of them.
@@ -360,7 +377,7 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
             clause.append(f"{gain:.1f}x {side}")
         print()
     print(flush=True)
-    if measure in ("breakdown", "limit", "scaling"):
+    if measure in ("breakdown", "limit", "scaling", "seeds"):
         return importlib.import_module("anatomy").sentence(measure, agent, values)
     return (f"{agent.upper()}: " if "ours" in values else "") + ", ".join(clause)
 
