@@ -448,7 +448,7 @@ def sampled_values(critic: Params, obs, actions, args: Args):
 
 
 def td_target(batch: Batch, next_q, args: Args):
-    """The smaller of the two values expected under the target policy, [B]; next_q [2, N, B]."""
+    """The value expected under the target policy, [B]; next_q [2, N, B]."""
     next_v = reduced(next_q.mean(axis=1), args)
     return batch.reward + args.gamma * batch.discount * next_v
 

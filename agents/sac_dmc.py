@@ -405,7 +405,7 @@ def explore(state: State, obs, args: Args):
 
 
 def td_target(state: State, batch: Batch, key, args: Args):
-    """Soft Bellman target with the smaller of the two target critics, [B] (J_Q of Alg. 1)."""
+    """Soft Bellman target, [B] (J_Q of Alg. 1)."""
     next_action, log_prob = sample_action(state.actor, batch.next_obs, key, args)
     next_q = reduced(q_values(state.target_critic, batch.next_obs, next_action, args), args)
     next_v = next_q - jnp.exp(state.log_alpha) * log_prob
