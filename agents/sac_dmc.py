@@ -14,7 +14,8 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.059
 
 Departs: targets sum 3 rewards, without the entropy of the steps between, before they bootstrap
 (--n-step 1), observations normalised by running moments (--no-normalize-obs), target entropy -A/2
-instead of -A (--target-entropy-scale 1). LayerNorm in the critics is a flag (--layer-norm).
+instead of -A (--target-entropy-scale 1), alpha starts at 0.1 instead of the authors' 1 (--alpha 1).
+LayerNorm in the critics is a flag (--layer-norm).
 """
 
 import contextlib

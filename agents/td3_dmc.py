@@ -13,9 +13,10 @@ arXiv:1802.09477v3.
 
     python td3_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
-Departs: targets sum 3 rewards before they bootstrap (--n-step 1), LayerNorm in the critics
-(--no-layer-norm), observations normalised by running moments (--no-normalize-obs), exploration
-noise 0.2 instead of 0.1 (--exploration-noise 0.1).
+Departs: targets sum 3 rewards before they bootstrap (--n-step 1), observations normalised by
+running moments (--no-normalize-obs), exploration noise is 0.2, not 0.1 (--exploration-noise 0.1),
+learning starts after 5,000 random steps, not 25,000 (--learning-starts 25000). LayerNorm in the
+critics is a flag (--layer-norm).
 """
 
 import contextlib
@@ -101,7 +102,7 @@ class Args:
     policy_frequency: Int = 2  # updates between steps of the actor and of all target networks
     hidden_width: Int = 256  # units of a hidden layer
     hidden_layers: Int = 2  # hidden layers of the actor and of each critic
-    layer_norm: bool = True  # LayerNorm before each activation of the critics
+    layer_norm: bool = False  # LayerNorm before each activation of the critics
     clipped_double_q: bool = True  # the smaller value of the two critics counts, not their mean
     bfloat16: bool = False  # round the factors of products between hidden layers to bfloat16
     normalize_obs: bool = True  # normalise observations by their running mean and variance
