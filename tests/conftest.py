@@ -17,6 +17,7 @@ os.environ.setdefault(
 import dataclasses
 import importlib.util
 import itertools
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -65,6 +66,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "algorithms(*names): test only scripts of these algorithms")
     config.addinivalue_line("markers", "backends(*names): test only scripts on these backends")
+    # Shells start background jobs with Ctrl-C ignored, which the runs under test would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc):
