@@ -100,17 +100,21 @@ def fail(message: str, code: int = 2):
 # --- environment ----------------------------------------------------------------------------------
 
 
-def make_env(args: Args, **options) -> gym.Env:
-    """A task of the suite, written domain-task; ids of Gymnasium are for the gym scripts."""
+WANTED = "Tasks of the suite are written domain-task; ids of Gymnasium are for the gym scripts."
+
+
+def make_env(args: Args, render_mode: str | None) -> gym.Env:
+    """A task of the suite; lqr draws its plant when it is made, here one for all of a run."""
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
     import shimmy  # noqa: F401 (not at the top: dm_control chooses its renderer on import)
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of dm_control, with NumPy 2.5
     logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
     env_id = f"dm_control/{args.env_id.removeprefix('dm_control/').removesuffix('-v0')}-v0"
-    # lqr draws its plant from this seed, once for all of a run, and has no time limit of its own.
-    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
-    env = gym.make(env_id, **options | json.loads(args.env_kwargs))
+    # Those of lqr are the only episodes without an end of their own.
+    options = {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
+    options |= {"render_mode": render_mode} | json.loads(args.env_kwargs)
+    env = gym.make(env_id, disable_env_checker=True, **options)
     env.metadata["render_fps"] = round(1 / env.unwrapped.dt)
     if os.environ["MUJOCO_GL"] == "disable":
         type(env.unwrapped._env.physics).contexts = None  # quadruped-escape would draw its terrain
@@ -125,13 +129,11 @@ class Interface(gym.Wrapper):
 
     def __init__(self, args: Args, film: Path | None = None):
         gym.logger.min_level = gym.logger.ERROR
-        options = {"render_mode": "rgb_array"} if film else {}
         try:
-            env = make_env(args, **options, disable_env_checker=True)
+            env = make_env(args, "rgb_array" if film else None)
             if film:
-                first = {"episode_trigger": lambda k: k == 0, "name_prefix": film.name}
-                env = gym.wrappers.RecordVideo(env, str(film.parent), **first)
                 env.reset(), env.render()
+                env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode == 0)
             if not isinstance(box := env.action_space, gym.spaces.Box):
                 raise TypeError(f"Actions are {box}, not a Box.")
             # Actuators without a limit (lqr says 1e10) are driven in [-1, 1].
@@ -142,8 +144,7 @@ class Interface(gym.Wrapper):
             self.obs_dim = gym.spaces.flatten_space(env.observation_space).shape[0]
         except Exception as error:  # environments and renderers raise what they like
             if not film:
-                given = f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}'"
-                fail(f"{given} cannot be used: {error} Wanted: {make_env.__doc__}")
+                fail(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error} {WANTED}")
             print(f"--capture-video is off, as rendering fails: {error!r}", file=sys.stderr)
             return self.__init__(args)
         env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
@@ -328,11 +329,12 @@ def normalize(obs, buffer: Buffer, args: Args):
 
 @partial(jax.jit, static_argnames="args")
 def explore(actor: Params, buffer: Buffer, obs, key, step, args: Args):
-    """An action [A] with Gaussian noise for obs [O]; `key` is the run's."""
-    obs, key = normalize(obs, buffer, args), jax.random.fold_in(key, step)
-    action = policy(actor, obs, args)
-    noise = args.exploration_noise * jax.random.normal(key, action.shape)
-    return jnp.clip(action + noise, -1, 1)
+    """The noisy action [A] for obs [O], or at first a uniformly random one; `key` is the run's."""
+    key, uniform_key = jax.random.split(jax.random.fold_in(key, step))
+    action = policy(actor, normalize(obs, buffer, args), args)
+    action += args.exploration_noise * jax.random.normal(key, action.shape)
+    uniform = jax.random.uniform(uniform_key, action.shape, minval=-1, maxval=1)
+    return jnp.clip(jnp.where(step > args.learning_starts, action, uniform), -1, 1)
 
 
 def export(state: State, buffer: Buffer, env: Interface, args: Args) -> dict[str, np.ndarray]:
@@ -429,18 +431,15 @@ def parse_args() -> Args:
     """The flags; where --run-dir holds a run, its own are the defaults."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     args = tyro.cli(Args)
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs Weights & Biases; install it with: pip install wandb")
     if not args.run_dir or not (path := Path(args.run_dir, "config.json")).exists():
         return args
-    try:
-        saved = Args(**json.loads(path.read_text())["args"])
-    except (ValueError, LookupError, TypeError):
-        fail(f"--run-dir {args.run_dir} holds something else than a run of {Path(__file__).name}.")
-    args = tyro.cli(Args, default=saved)
+    saved = json.loads(path.read_text())["args"]
+    if saved.keys() != Args.model_fields.keys():
+        fail(f"--run-dir {args.run_dir} holds a run of another script than {Path(__file__).name}.")
+    args = tyro.cli(Args, default=Args(**saved))
     for name in ("env_id", "seed", "action_repeat", "buffer_size"):
-        if getattr(args, name) != (value := getattr(saved, name)):
-            fail(f"--{name.replace('_', '-')} of the run in {args.run_dir} must stay {value}.")
+        if getattr(args, name) != saved[name]:
+            fail(f"--{name.replace('_', '-')} of the run in {args.run_dir} stays {saved[name]}.")
     return args
 
 
@@ -460,40 +459,36 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
 
 def save(run_dir: Path, env: Interface, args: Args, buffer: Buffer, state: State, results):
     """Writes a checkpoint and policy.npz, whole or not at all, and keeps the checkpoint before."""
-    count = int(buffer.count)
-    stored = jax.tree.map(lambda x: np.asarray(x)[:count], buffer.data)
-    leaves = jax.tree.leaves((buffer._replace(data=stored), state, results))
-    files = {
-        f"checkpoint/{count * args.action_repeat:012}": {str(i): x for i, x in enumerate(leaves)}
-    }
-    files["policy"] = export(state, buffer, env, args)
+    part, step = run_dir / "part.npz", int(buffer.count) * args.action_repeat
+    stored = jax.tree.map(lambda x: np.asarray(x)[: int(buffer.count)], buffer.data)
     try:
-        for name, arrays in files.items():
-            np.savez(run_dir / "part.npz", **arrays)
-            (run_dir / "part.npz").replace(run_dir / f"{name}.npz")
+        np.savez(part, *jax.tree.leaves((buffer._replace(data=stored), state, results)))
+        part.replace(run_dir / f"checkpoint/{step:012}.npz")
+        np.savez(part, **export(state, buffer, env, args))
+        part.replace(run_dir / "policy.npz")
     except OSError as error:
-        print(f"Step {count * args.action_repeat} is not saved: {error}", file=sys.stderr)
+        print(f"Step {step} is not saved: {error}", file=sys.stderr)
     for old in sorted((run_dir / "checkpoint").glob("*.npz"))[:-2]:
         old.unlink()
 
 
-def load(run_dir: Path, buffer: Buffer, state: State, results: np.ndarray):
-    """What the newest whole checkpoint holds in place of what is given, if there is one."""
-    like, tree = jax.tree.flatten((buffer, state, results))
+def load(run_dir: Path, *run):
+    """The buffer, state and results of the newest whole checkpoint; without one what is given."""
+    like, tree = jax.tree.flatten(run)
     for path in sorted((run_dir / "checkpoint").glob("*.npz"), reverse=True):
         try:
             with np.load(path) as file:  # no pickles; the format holds checksums
-                leaves = [file[str(i)] for i in range(len(like))]
+                leaves = [file[f"arr_{i}"] for i in range(len(like))]
         except Exception as error:  # a damaged file can fail in any way
             print(f"{path} is damaged and passed over: {error}", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
             continue
-        n = len(buffer.data)  # arrays of which only the rows filled so far are saved
+        n = len(Batch._fields)  # arrays of which only the rows filled so far are saved
         leaves[:n] = [np.resize(x, y.shape) for x, y in zip(leaves[:n], like)]
         if [x.shape for x in leaves[:-1]] != [x.shape for x in like[:-1]]:
             fail(f"{path} holds networks of other sizes than the flags make.")
         return jax.tree.unflatten(tree, [*map(jnp.asarray, leaves[:-1]), leaves[-1]])
-    return buffer, state, results
+    return run
 
 
 def resume(env: Interface, buffer: Buffer, args: Args) -> tuple[np.ndarray, Buffer]:
@@ -554,15 +549,12 @@ def main(args: Args):
     try:
         obs, buffer = resume(env, buffer, args)
         while step < args.total_timesteps and not stop:
-            step += args.action_repeat
+            step, learned = step + args.action_repeat, state
+            action = explore(state.actor.params, buffer, obs, explore_key, np.int32(step), args)
             if step > args.learning_starts:
-                action = explore(state.actor.params, buffer, obs, explore_key, np.int32(step), args)
-                learned, metrics = learn(state, buffer, learn_key, args)  # computes meanwhile
+                learned, metrics = learn(state, buffer, learn_key, args)  # while the env steps
                 recent = [*recent[-99:], metrics]
-            else:
-                rng = np.random.default_rng((args.seed, step))
-                action, learned = rng.uniform(-1, 1, env.low.size), state
-            action = np.asarray(action, np.float32)
+            action = np.asarray(action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             new = Batch(obs, action, np.float32(reward), np.float32(not terminated), next_obs)
             buffer, state, obs = insert(buffer, new, args), learned, next_obs
@@ -598,5 +590,5 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except OSError as error:
-        fail(f"--run-dir cannot be used: {error}")
+    except (OSError, ImportError) as error:  # of --run-dir, or of what --track needs
+        fail(str(error))
