@@ -57,9 +57,7 @@ class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
-    run_dir: str | None = (
-        None  # run to begin or continue; else runs/{env_id}__{exp_name}__{seed}__*
-    )
+    run_dir: str | None = None  # where to begin or go on; else runs/ID__NAME__SEED__TIME
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "jax-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -148,10 +146,8 @@ class Interface(gym.Wrapper):
             if not isinstance(box := env.action_space, gym.spaces.Box):
                 raise TypeError(f"Actions are {box}, not a Box.")
             # Actuators without a limit (lqr says 1e10) are driven in [-1, 1].
-            bounds = (
-                np.where(abs(np.float64(x)) < 1e6, x, np.sign(x)) for x in (box.low, box.high)
-            )
-            self.low, self.high = (x.astype(box.dtype) for x in bounds)
+            bounded = lambda x: np.where(abs(np.float64(x)) < 1e6, x, np.sign(x)).astype(x.dtype)
+            self.low, self.high = bounded(box.low), bounded(box.high)
             self.obs_dim = gym.spaces.flatten_space(env.observation_space).shape[0]
         except Exception as error:  # environments and renderers raise what they like
             if not film:
@@ -182,9 +178,7 @@ class Interface(gym.Wrapper):
             obs, reward, terminated, truncated, info = call()
             obs = np.float32(gym.spaces.flatten(self.env.observation_space, obs))
             if obs.size != self.obs_dim or not np.isfinite([*obs, np.float32(reward)]).all():
-                raise ValueError(
-                    f"{obs} and {reward} are not {self.obs_dim} finite numbers and one"
-                )
+                raise ValueError(f"not {self.obs_dim} finite numbers: {obs}, reward {reward}")
         except Exception as error:
             raise gym.error.Error(f"The environment broke down: {error!r}") from error
         return obs, reward, terminated, truncated and not terminated, info
@@ -296,14 +290,15 @@ class Buffer(NamedTuple):
 
 def make_buffer(obs_dim: int, action_dim: int, args: Args) -> Buffer:
     """An empty buffer."""
-    size, zeros = args.buffer_size, partial(jnp.zeros, dtype=jnp.int32)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", memory) / 2**30
-    if (wanted := 4 * size * (2 * obs_dim + action_dim + 2) / 2**30) > memory:
-        fail(f"--buffer-size {size} takes {wanted:.1f} GiB; there are {memory:.1f}.")
-    obs, scalar = jnp.zeros((size, obs_dim)), jnp.zeros(size)
-    data = Batch(obs, jnp.zeros((size, action_dim)), scalar, scalar + 1, obs + 0)
-    return Buffer(data, zeros(()), zeros(()), zeros(()), obs[0], obs[0] + 0, obs[0] + 1)
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", memory)
+    if (size := 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)) > memory:
+        sizes = f"{size / 2**30:.1f} GiB, of {memory / 2**30:.1f} in all"
+        fail(f"--buffer-size {args.buffer_size} takes {sizes}.")
+    shapes = Batch((obs_dim,), (action_dim,), (), (), (obs_dim,))
+    counts, moments = jnp.zeros((3, 1), jnp.int32), jnp.zeros((3, obs_dim)).at[2].set(1)
+    data = (jnp.zeros((args.buffer_size, *shape)) for shape in shapes)
+    return Buffer(Batch(*data), *(x.squeeze() for x in counts), *moments)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="buffer")
