@@ -28,6 +28,7 @@ import shlex
 import signal
 import sys
 import time
+import uuid
 import warnings
 from functools import partial
 from pathlib import Path
@@ -140,10 +141,11 @@ class Interface(gym.Wrapper):
             self.low, self.high = bounded(box.low), bounded(box.high)
             self.obs_dim = gym.spaces.flatten_space(env.observation_space).shape[0]
         except Exception as error:  # environments and renderers raise what they like
-            if not film:
-                fail(f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}: {error} {WANTED}")
-            print(f"--capture-video is off, as rendering fails: {error!r}", file=sys.stderr)
-            return self.__init__(args)
+            if film:
+                print(f"--capture-video is off, as rendering fails: {error!r}", file=sys.stderr)
+                return self.__init__(args)
+            given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}"
+            raise gym.error.Error(f"{given} cannot be used: {error} {WANTED}") from error
         env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
         env = gym.wrappers.RecordEpisodeStatistics(env)
         super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
@@ -460,13 +462,15 @@ def parse_args() -> Args:
 
 def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
     """Writes config.json: the flags, and those of every step at which the run began or went on."""
-    path, flags = run_dir / "config.json", args.model_dump()
-    history = json.loads(path.read_text())["history"] if path.exists() else {}
-    path.write_text(json.dumps({"args": flags, "history": history | {step: flags}}, indent=2))
+    path, new = run_dir / "config.json", {"id": uuid.uuid4().hex, "history": {}}
+    config = json.loads(path.read_text()) if path.exists() else new
+    config["args"] = config["history"][str(step)] = flags = args.model_dump()
+    path.write_text(json.dumps(config, indent=2))
     if args.track:
-        options = {"sync_tensorboard": True, "save_code": True, "monitor_gym": True}
+        options = {"sync_tensorboard": True, "monitor_gym": True, "save_code": True}
         options |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        importlib.import_module("wandb").init(config=flags, name=run_dir.name, **options)
+        options |= {"id": config["id"], "resume": "allow", "name": run_dir.name}
+        importlib.import_module("wandb").init(config=flags, **options)
     writer = SummaryWriter(str(run_dir), purge_step=step + 1, max_queue=0)
     writer.add_text("flags", json.dumps(flags, indent=2), step)
     return writer
@@ -605,5 +609,5 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (OSError, ImportError) as error:  # of --run-dir, or of what --track needs
+    except (gym.error.Error, OSError, ImportError) as error:  # --env-id, --run-dir or --track
         fail(str(error))
