@@ -1,18 +1,23 @@
-# `make train` and `make test` need Python 3.11 or 3.12 and set everything up in .venv.
+# Needs Python 3.11 or later; every target sets up what it needs in .venv.
 
-# The first Python that runs (a shim may not), is new enough for us and old enough for dm_control.
-FITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
-PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+# The first Python that runs (a shim may not), is new enough and can make environments.
+FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c "$(FITS)" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+# Unlike pip, uv can leave out a dependency of a dependency.
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt
 
-.PHONY: train test smoke lint clean
+.PHONY: train test test-all smoke lint clean
 
 train: .venv/train
 	$(BIN)/python agents/sac_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
 test: .venv/test
 	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+
+test-all: .venv/test  # the slow ones too
+	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile -m "slow or not slow"
 
 smoke: .venv/test
 	$(BIN)/python -m pytest tests/smoke
@@ -23,12 +28,13 @@ lint: .venv/test
 clean:
 	rm -rf .venv
 
-.venv/train: requirements.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv found; name one: make PYTHON=/path/to/python3.12"; exit 2; }
+.venv/train: requirements.txt overrides.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later with venv found; name one: make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(INSTALL) --requirement requirements.txt
 	touch $@
 
 .venv/test: .venv/train tests/requirements.txt
-	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
+	$(INSTALL) --requirement tests/requirements.txt
 	touch $@

@@ -566,7 +566,8 @@ def main(args: Args):
                 means = jax.tree.map(lambda *x: np.nanmean(x), *jax.device_get(recent))
                 for name, mean in means.items():
                     writer.add_scalar(f"losses/{name}", mean, step)
-                writer.add_scalar("charts/SPS", bar.format_dict["rate"] or 0, step)
+                seconds = bar.format_dict["elapsed"]
+                writer.add_scalar("charts/SPS", (bar.n - bar.initial) / seconds, step)
                 if np.isnan(recent[-1]["qf_loss"]):
                     fail(f"Networks hold NaN at step {step}. {go_on} with smaller step sizes.", 1)
             if due(step, args.eval_frequency, args):

@@ -1,18 +1,14 @@
-"""How fast the scripts in agents/ are, beside Stable-Baselines3 (PyTorch) and SBX (JAX).
+"""How fast the scripts in agents/ are, beside Stable-Baselines3 (PyTorch), SBX (JAX) and PyTorch.
 
-    python benchmark/speed.py --measure updates   # milliseconds per gradient update
-    python benchmark/speed.py --measure steps     # environment steps per second of whole runs
-    python benchmark/speed.py --measure memory    # peak memory with a buffer of 1M transitions
-    python benchmark/speed.py --measure startup   # seconds from the command to the first step
-    python benchmark/speed.py --measure breakdown # where the time of an environment step goes
-    python benchmark/speed.py --measure limit     # how near an update is to the matrix rate
-    python benchmark/speed.py --measure scaling   # how time and memory grow with every size
-    python benchmark/speed.py --measure seeds     # what two seeds take, in one process and in two
+    python benchmark/speed.py --measure updates    # milliseconds per gradient update
+    python benchmark/speed.py --measure updates --against ../before/agents   # two states of ours
+    python benchmark/speed.py --measure steps      # environment steps per second of whole runs
+    python benchmark/speed.py --measure breakdown  # where the time of an environment step goes
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
-disturbs all sides. The tables and figures show medians over the rounds; every number goes to a JSON
-file, and --show makes table and figure of that file again.
+disturbs all sides. The tables show medians over the rounds; every number goes to a JSON file, and
+--show makes the tables of that file again. Linux only.
 """
 
 import dataclasses
@@ -21,10 +17,10 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -37,46 +33,38 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-RIVALS = {"stable_baselines3": "Stable-Baselines3", "sbx": "SBX"}  # modules
-TORCH = {"eager": "PyTorch", "compile": "PyTorch, torch.compile"}  # torch_updates.py
-UNITS = {
-    "updates": "ms/update = s per 1000 updates",
-    "steps": "environment steps/s",
-    "memory": "GB at peak",
-    "startup": "s to the first step",
-    "breakdown": "ms per environment step",
-    "limit": "products of an update",
-    "scaling": "one call of learn",
-    "seeds": "ms/update",
+RIVALS = {  # --rivals -> the module that it needs, and its name in the tables
+    "stable_baselines3": ("stable_baselines3", "Stable-Baselines3"),
+    "sbx": ("sbx", "SBX"),
+    "eager": ("torch", "PyTorch"),  # torch_updates.py
+    "compile": ("torch", "PyTorch, torch.compile"),
 }
-# Every side gets these sizes, the defaults of sac_gym.py and td3_gym.py, on HalfCheetah-v5.
+UNITS = {"updates": "ms/update", "steps": "environment steps/s", "breakdown": "ms of a step"}
+BARE, PRODUCTS = "bare product, GFLOP/s", "MFLOP in the products of an update"
+# Every side gets these sizes, on HalfCheetah-v5.
 SIZES = {"buffer_size": 1_000_000, "batch_size": 256}
-NETS = {"hidden_width": 256, "hidden_layers": 2}
-OBS_DIM, ACTION_DIM = 17, 6
+WIDTH, OBS_DIM, ACTION_DIM = 256, 17, 6
 FILLED, WARM_UPDATES = 50_000, 20  # random transitions in the buffer, then untimed updates
 LEARNING_STARTS, FIRST = 1_000, 1_500  # random steps; the step at which the clock starts
-GROWING = ("batch_size", "hidden_width", "num_seeds", "updates_per_step")
-Axis = Literal[(*GROWING, "obs_dim", "buffer_size")]
 REST = 0.5  # seconds after each measurement, in which its threads go to sleep
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Measures the scripts in agents/ beside Stable-Baselines3 and SBX."""
+    """Measures the scripts in agents/ beside other implementations."""
 
     measure: Literal[tuple(UNITS)]  # what to measure
     agents: tuple[str, ...] = ("sac", "td3", "mpo")  # algorithms
-    rivals: tuple[str, ...] = (*RIVALS, *TORCH)  # whom to measure beside us, where they can
+    rivals: tuple[Literal[tuple(RIVALS)], ...] = tuple(RIVALS)  # whom to measure beside us
+    against: Path | None = None  # another folder of scripts, to measure beside agents/
     repeats: int = 7  # rounds, in each of which every side measures once
-    updates: int = 500  # timed updates of a round, for --measure updates, limit, scaling, seeds
+    updates: int = 500  # timed updates of a round, for --measure updates
     steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
-    axes: tuple[Axis, ...] = ()  # sizes to change one by one, for --measure scaling; default all
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
-    show: bool = False  # measure nothing; table, sentence and figure from the file of raw numbers
+    show: bool = False  # measure nothing; tables and sentence from the file of raw numbers
 
 
 def milliseconds(call, wait, count: int):
@@ -94,111 +82,174 @@ def milliseconds(call, wait, count: int):
 # --- our side -------------------------------------------------------------------------------------
 
 
-def load(script: str, **changes):
-    """The module agents/{script}.py and its default flags, but for the changes."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "agents" / f"{script}.py")
-    module = sys.modules[script] = importlib.util.module_from_spec(spec)
+def load(script: Path, **changes):
+    """The module of a script and its default flags, but for the changes."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, dataclasses.replace(module.Args(), **changes)
+    return module, module.Args(**changes)
 
 
-def ready_to_learn(script: str, obs_dim: int = OBS_DIM, **changes):
+def ready_to_learn(script: Path, **changes):
     """The script's module, its flags, a state, and a buffer of random transitions."""
-    module, args = load(script, **SIZES | NETS | changes)
-    state = module.init(np.arange(args.num_seeds), obs_dim, ACTION_DIM, args)
-    buffer = module.make_buffer(obs_dim, ACTION_DIM, args)
-    filled = args.buffer_size if "buffer_size" in changes else FILLED  # then every row is drawn
-    rows = np.random.default_rng(0).uniform(-1, 1, (filled, buffer.rows.shape[-1]))
-    buffer = buffer._replace(rows=buffer.rows.at[:, :filled].set(rows), count=buffer.count + filled)
-    return module, args, state, buffer
-
-
-def our_updates(script: str, updates: int, obs_dim: int = OBS_DIM, **changes):
-    """Times the script's `learn`: a minibatch drawn from the buffer and one update on it."""
-    module, args, state, buffer = ready_to_learn(script, obs_dim, **changes)
-    return learning_time(
-        lambda state, buffer: module.learn(state, buffer, args), state, buffer, updates
-    )
-
-
-def learning_time(learn, state, buffer, updates: int):
-    """Milliseconds of `learn(state, buffer) -> (state, metrics)`."""
     import jax
+
+    module, args = load(script, **SIZES | changes)
+    state = module.init(jax.random.key(0), OBS_DIM, ACTION_DIM, args)
+    buffer, rng = module.make_buffer(OBS_DIM, ACTION_DIM, args), np.random.default_rng(0)
+    filled = min(FILLED, args.buffer_size)
+    rows = [rng.uniform(-1, 1, (filled, *x.shape[1:])) for x in buffer.data]
+    data = module.Batch(*(x.at[:filled].set(y) for x, y in zip(buffer.data, rows)))
+    return module, args, state, buffer._replace(data=data, count=buffer.count + filled)
+
+
+def our_updates(script: Path, updates: int, **changes):
+    """Times the script's `learn`: a minibatch drawn from the buffer and one update on it."""
+    import jax
+
+    module, args, state, buffer = ready_to_learn(script, **changes)
+    key = jax.random.key(1)
 
     def call():
         nonlocal state
-        state, _ = learn(state, buffer)
+        state, _ = module.learn(state, buffer, key, args)
 
-    return milliseconds(call, lambda: jax.block_until_ready((state, buffer)), updates)
-
-
-def bfloat16_updates(script: str, updates: int):
-    """The same with --bfloat16."""
-    return our_updates(script, updates, bfloat16=True)
+    return milliseconds(call, lambda: jax.block_until_ready(state), updates)
 
 
-def run_main(module, args, marks: tuple) -> list[float]:
+def product_flops(jaxpr, period: int) -> float:
+    """FLOPs of the matrix products in a jaxpr; a scan repeats them, a cond runs every period-th.
+
+    XLA's own analysis counts the body of a loop once and a branch always.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "cond":
+            branches = [product_flops(x.jaxpr, period) for x in equation.params["branches"]]
+            total += min(branches) + (max(branches) - min(branches)) / period
+        else:
+            for value in equation.params.values():
+                if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                    total += equation.params.get("length", 1) * product_flops(inner, period)
+    return total
+
+
+def bare_product(script: Path, updates: int):
+    """The rate of a product of an update's sizes with nothing around it, and an update's FLOPs."""
+    import jax
+    import jax.numpy as jnp
+
+    module, args = load(script, **SIZES)
+    shapes = jax.eval_shape(
+        lambda key: (
+            module.init(key, OBS_DIM, ACTION_DIM, args),
+            module.make_buffer(OBS_DIM, ACTION_DIM, args),
+            key,
+        ),
+        jax.random.key(0),
+    )
+    jaxpr = jax.make_jaxpr(partial(module.learn.__wrapped__, args=args))(*shapes)
+    flops = product_flops(jaxpr.jaxpr, getattr(args, "policy_frequency", 1))
+    x, w = jnp.ones((2, args.batch_size, WIDTH)), jnp.full((2, WIDTH, WIDTH), 1 / WIDTH)
+
+    @jax.jit
+    def products(x):  # both critics' hidden layer on a minibatch, forward, 200 times
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=200)[0]
+
+    once = products(x).block_until_ready
+    times = milliseconds(lambda: products(x).block_until_ready(), once, max(updates // 100, 1))
+    for time_of_200 in times:
+        yield {BARE: 200 * 2 * x.size * WIDTH / time_of_200 / 1e6, PRODUCTS: flops / 1e6}
+
+
+def run_main(module, args, marks: tuple, begins=lambda: None) -> list[float]:
     """Runs the script's `main` up to the last mark; returns when the steps at the marks began.
 
     A step begins when its action has arrived on the host, so the updates of all earlier steps are
     done and its own has just been dispatched: the same at every mark.
     """
-    original, training, times = module.Environments.step, [], []
+    original, training, times = module.Interface.step, [], []
 
     class Stop(Exception):
         pass
 
-    def step(self, *arguments):
-        if not training or self is training[0]:  # environments of evaluations step later than these
+    def step(self, action):
+        if not training or self is training[0]:  # environments of evaluations step later than this
             training.append(self)
             if len(training) in marks:
                 times.append(time.time())
+            if len(training) == marks[0]:
+                begins()
             if len(training) == marks[-1]:
                 raise Stop
-        return original(self, *arguments)
+        return original(self, action)
 
-    module.Environments.step = step
+    module.Interface.step = step
     shutil.rmtree(args.run_dir, ignore_errors=True)
     try:
         module.main(args)
     except Stop:
         return times
     finally:
-        module.Environments.step = original
+        module.Interface.step = original
 
 
-def our_steps(script: str, steps: int):
+def run_args(script: Path, **changes):
+    """The module and the flags of a timed run."""
+    run = {"env_id": "HalfCheetah-v5", "learning_starts": LEARNING_STARTS, "run_dir": "timed_run"}
+    return load(script, **SIZES | run | changes)
+
+
+def our_steps(script: Path, steps: int):
     """Steps per second of the script's `main`: act, step, insert, learn and log."""
-    run = {"learning_starts": LEARNING_STARTS, "eval_frequency": 0, "run_dir": "timed_run"}
-    module, args = load(script, **SIZES, **NETS, **run)
-    marks = (FIRST, FIRST + steps)
+    module, args = run_args(script, eval_frequency=0)
     while True:
-        start, end = run_main(module, args, marks)
+        start, end = run_main(module, args, (FIRST, FIRST + steps))
         yield steps / (end - start)
 
 
-def peak_memory(script: str, start: float):
-    """Prints the peak of this process, in which a run with default flags learns for 300 steps."""
-    module, args = load(script, env_id="cheetah-run", run_dir="memory_run")
-    assert args.total_timesteps >= args.buffer_size == SIZES["buffer_size"]  # its full size
-    run_main(module, args, (args.learning_starts + 300,))
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9)
+def breakdown(script: Path, steps: int):
+    """Milliseconds of the host for each part of an environment step in the script's `main`.
 
+    `learn` only dispatches: what is left of the update when the environment has been stepped shows
+    up where the host waits, in the next action or in `insert`. There is one evaluation in `steps`.
+    """
+    import jax
 
-def first_step(script: str, start: float):
-    """Prints the seconds from start to the first environment step of a run with default flags."""
-    module, _ = load(script)
-    args = tyro.cli(module.Args, args=["--run-dir", "startup_run"])
-    print(run_main(module, args, (1,))[0] - start)
+    module, args = run_args(script, eval_frequency=steps)
+    spent, nested = {}, []
 
+    def timed(part: str, function):
+        def call(*arguments, **keywords):
+            start = time.perf_counter()
+            nested.append(part)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                nested.pop()
+                if not nested:  # an evaluation's steps are the evaluation's
+                    spent[part] = spent.get(part, 0) + time.perf_counter() - start
 
-def in_new_python(function: str, script: str):
-    """What one of the two functions above prints, each time in a new process."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        return call
+
+    # The device works in order: waiting for the action here is waiting for the update before it.
+    explore, writer = module.explore, module.SummaryWriter
+    waiting = timed("acting, and waiting for the last update", jax.block_until_ready)
+    module.explore = lambda *arguments: waiting(explore(*arguments))
+    module.learn = timed("dispatching the update", module.learn)
+    module.insert = timed("insert", module.insert)
+    module.evaluate = timed("evaluation", module.evaluate)
+    module.Interface.step = timed("environment", module.Interface.step)
+    writer.add_scalar = timed("logging", writer.add_scalar)
     while True:
-        code = f"import speed; speed.{function}({script!r}, {time.time()})"
-        output = subprocess.check_output([sys.executable, "-c", code], env=env)
-        yield float(output.split()[-1])
+        start, end = run_main(module, args, (FIRST, FIRST + steps), spent.clear)
+        parts = {part: 1000 * seconds / steps for part, seconds in spent.items()}
+        total = 1000 * (end - start) / steps
+        yield parts | {"the rest of the loop": total - sum(parts.values()), "whole step": total}
 
 
 # --- the other side -------------------------------------------------------------------------------
@@ -213,10 +264,9 @@ def rival(library: str, agent: str):
 
     package = importlib.import_module(library)
     noise = NormalActionNoise(np.zeros(ACTION_DIM), np.full(ACTION_DIM, 0.1))
-    nets = {"net_arch": [NETS["hidden_width"]] * NETS["hidden_layers"]}
     model = getattr(package, agent.upper())(
         "MlpPolicy", "HalfCheetah-v5", learning_rate=3e-4, train_freq=1, gradient_steps=1,
-        learning_starts=LEARNING_STARTS, policy_kwargs=nets, seed=0,
+        learning_starts=LEARNING_STARTS, policy_kwargs={"net_arch": [WIDTH, WIDTH]}, seed=0,
         action_noise=noise if agent == "td3" else None, **SIZES,
     )  # fmt: skip
     model.set_logger(configure("rival_run", ["csv"]))  # a file, as we have one
@@ -264,21 +314,18 @@ def torch_updates(mode: str, agent: str, updates: int):
     import torch
 
     learners = importlib.import_module("torch_updates")
-    _, args = load(f"{agent}_gym", **SIZES, **NETS)
+    _, args = load(ROOT / "agents" / f"{agent}_gym.py", **SIZES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     learner = getattr(learners, agent.upper())(OBS_DIM, ACTION_DIM, args, device)
-    rows = torch.zeros(SIZES["buffer_size"], 2 * OBS_DIM + ACTION_DIM + 3, device=device)
-    rows[:FILLED].uniform_(-1, 1)
-    buffer = learners.Buffer(rows, OBS_DIM, args)
+    buffer = learners.Buffer(OBS_DIM, ACTION_DIM, args, device)
+    for x in buffer.data:
+        x[:FILLED].uniform_(-1, 1)
     update = torch.compile(learner.update) if mode == "compile" else learner.update
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     return milliseconds(lambda: update(buffer.sample(FILLED)), wait, updates)
 
 
-def find(name: str):
-    """A function of this module, or of another one in this folder if its name has a dot."""
-    module, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module), function) if module else globals()[name]
+# --- rounds ---------------------------------------------------------------------------------------
 
 
 def worker(connection, folder: str, name: str, arguments: list):
@@ -289,10 +336,22 @@ def worker(connection, folder: str, name: str, arguments: list):
     try:
         measurements = None
         while connection.recv():
-            measurements = measurements or find(name)(*arguments)  # set up when it is our turn
+            measurements = measurements or globals()[name](*arguments)  # when it is our turn
             connection.send(next(measurements))
     except BaseException:
         connection.send(Path("log.txt").read_text()[-4000:] + traceback.format_exc())
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores of this machine are at work in so many seconds, on average."""
+
+    def clock():  # user, nice, system, idle, waiting for disks, ...
+        return np.array(Path("/proc/stat").read_text().split("\n")[0].split()[1:], float)
+
+    before = clock()
+    time.sleep(seconds)
+    spent = clock() - before
+    return os.cpu_count() * (1 - spent[3:5].sum() / max(spent.sum(), 1))
 
 
 def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
@@ -315,7 +374,7 @@ def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
                 values.setdefault(line, []).append(number)
                 print(f"round {i + 1}, {line}: {number:.4g}", file=sys.stderr, flush=True)
             time.sleep(REST / 2)
-            busy.append(psutil.cpu_percent(interval=REST / 2) / 100 * psutil.cpu_count())
+            busy.append(busy_cores(REST / 2))
         for process, connection in workers.values():
             connection.send(False)
             process.join()
@@ -324,98 +383,89 @@ def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
 
 def sides_of(args: Args, agent: str) -> dict[str, tuple]:
     """Whom to measure: the name in the table -> a generator function and its arguments."""
-    if args.measure == "memory":
-        return {f"{agent}_dmc": ("in_new_python", "peak_memory", f"{agent}_dmc")}
-    if args.measure == "startup":
-        return {x: ("in_new_python", "first_step", x) for x in (f"{agent}_dmc", f"{agent}_gym")}
+    script = ROOT / "agents" / f"{agent}_gym.py"
     if args.measure == "breakdown":
-        return {"breakdown": ("anatomy.breakdown", f"{agent}_gym", args.steps)}
-    if args.measure == "limit":
-        return {"limit": ("anatomy.limit", f"{agent}_gym", args.updates)}
-    if args.measure == "seeds":
-        forms = importlib.import_module("anatomy").SEEDS
-        return {x: ("anatomy.seeds", f"{agent}_gym", args.updates, x) for x in forms}
-    if args.measure == "scaling":
-        sizes = importlib.import_module("anatomy").AXES
-        # Where a call grows with the size, as many fewer of them.
-        counts = {
-            (axis, size): args.updates * (sizes[axis][0] if axis in GROWING else size) // size
-            for axis in args.axes or sizes
-            for size in sizes[axis]
-        }
-        measure = ("anatomy.scaling", f"{agent}_gym")
-        return {f"{x} {n}": (*measure, x, n, max(count, 3)) for (x, n), count in counts.items()}
-    count = getattr(args, args.measure)
-    sides = {"ours": (f"our_{args.measure}", f"{agent}_gym", count)}
-    if args.measure == "updates" and agent != "mpo":  # its defaults are the same
-        sides["ours, dmc defaults"] = ("our_updates", f"{agent}_dmc", count)
+        return {"breakdown": ("breakdown", script, args.steps)}
+    ours, count = f"our_{args.measure}", getattr(args, args.measure)
+    sides = {"ours": (ours, script, count)}
+    if args.against:
+        sides[str(args.against)] = (ours, args.against.resolve() / script.name, count)
     if args.measure == "updates":
-        sides["ours, --bfloat16"] = ("bfloat16_updates", f"{agent}_gym", count)
-    for rival in args.rivals:
-        if rival in RIVALS and agent in ("sac", "td3"):
-            sides[RIVALS[rival]] = (f"rival_{args.measure}", rival, agent, count)
-        if rival in TORCH and args.measure == "updates":
-            sides[TORCH[rival]] = ("torch_updates", rival, agent, count)
+        if agent != "mpo":  # its defaults are the same
+            dmc = script.with_name(f"{agent}_dmc.py")
+            sides["ours, dmc defaults"] = (ours, dmc, count)
+        sides[BARE] = ("bare_product", script, count)
+    for name in args.rivals:
+        module, side = RIVALS[name]
+        if module == "torch" and args.measure == "steps" or module != "torch" and agent == "mpo":
+            continue  # torch_updates.py has no whole runs, and they have no MPO
+        if not importlib.util.find_spec(module):
+            print(f"{side} is left out: {module} is not installed.", file=sys.stderr)
+        elif module == "torch":
+            sides[side] = ("torch_updates", name, agent, count)
+        else:
+            sides[side] = (f"rival_{args.measure}", name, agent, count)
     return sides
 
 
 def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
     """Prints a table with a line for each side; returns a clause of the closing sentence."""
-    print(f"{f'{agent.upper()}, {UNITS[measure]}':40}  median    mean ± std", end="")
-    print("    ours is x times as fast (all rounds)" if "ours" in values else "")
+    values = dict(values)
+    bare = statistics.median(values.pop(BARE, [math.nan]))
+    flops = values.pop(PRODUCTS, [math.nan])[0]
+    header = f"{f'{agent.upper()}, {UNITS[measure]}':42}  median    mean ± std"
+    if measure != "breakdown":
+        header += "      ours is x times as fast (all rounds)"
+    print(header + ("   GFLOP/s, % of bare" if measure == "updates" else ""))
     clause = []
     for side, numbers in values.items():
         median, std = statistics.median(numbers), np.std(numbers, ddof=len(numbers) > 1)
-        print(f"{side:40}{median:8.2f}{np.mean(numbers):8.2f} ± {std:<7.2f}", end="")
-        if not set(values) & {*RIVALS.values(), *TORCH.values()}:  # nobody to compare with
-            clause.append(f"{side} {median:.2f} {UNITS[measure]}")
-        if side in (*RIVALS.values(), *TORCH.values()):
+        line = f"{side:42}{median:8.2f}{np.mean(numbers):8.2f} ± {std:<8.2f}"
+        if measure != "breakdown":
             sign = -1 if measure == "updates" else 1  # milliseconds, or steps per second
             gains = (np.array(values["ours"]) / numbers) ** sign
             gain = (statistics.median(values["ours"]) / median) ** sign
-            print(f"{gain:7.2f} ({min(gains):.2f} to {max(gains):.2f})", end="")
-            clause.append(f"{gain:.1f}x {side}")
-        print()
+            line += f"{gain:8.2f} ({min(gains):.2f} to {max(gains):.2f})        "
+            clause.append(
+                f"{gain:.1f}x {side}" if side != "ours" else f"{median:.2f} {UNITS[measure]}"
+            )
+        if measure == "updates":
+            line += f"{flops / median:8.0f} {100 * flops / median / bare:6.0f} %"
+        print(line)
+    if measure == "updates":
+        print(f"{flops:.0f} MFLOP in the products of an update; bare product {bare:.0f} GFLOP/s")
     print(flush=True)
-    if measure in ("breakdown", "limit", "scaling", "seeds"):
-        return importlib.import_module("anatomy").sentence(measure, agent, values)
-    return (f"{agent.upper()}: " if "ours" in values else "") + ", ".join(clause)
+    return f"{agent.upper()}: " + ", ".join(clause)
+
+
+def surroundings() -> dict:
+    """Date, commit, versions and machine, for the files of raw numbers."""
+    packages = "jax jaxlib flax optax numpy gymnasium mujoco torch stable_baselines3 sbx_rl".split()
+    installed = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
+    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    describe = f"git -C {ROOT} describe --always --dirty --abbrev=40".split()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "cpu": names[0].split(": ")[1] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": shutil.which("nvidia-smi") and subprocess.getoutput("nvidia-smi -L"),
+        "environment": {x: os.environ.get(x) for x in ("OMP_NUM_THREADS", "XLA_FLAGS")},
+        "load_average_at_start": os.getloadavg(),
+        "busy_cores_at_start": busy_cores(2),
+        "python": platform.python_version(),
+        "versions": {name: installed.get(name) for name in packages},
+    }
 
 
 def run(args: Args, out: Path) -> dict:
     """Measures; returns and after each algorithm writes the raw numbers, and how they were made."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share one GPU
-    packages = "jax jaxlib flax optax numpy gymnasium mujoco torch stable_baselines3 sbx_rl".split()
-    installed = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
-    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    describe = f"git -C {ROOT} describe --always --dirty --abbrev=40".split()
-    record = {
-        "measure": args.measure,
-        "unit": UNITS[args.measure],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "args": {k: v for k, v in vars(args).items() if k not in ("out", "show")},
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-        "cpu": names[0].split(": ")[1] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": shutil.which("nvidia-smi") and subprocess.getoutput("nvidia-smi -L"),
-        "platform": platform.platform(),
-        "environment": {x: os.environ.get(x) for x in ("OMP_NUM_THREADS", "XLA_FLAGS")},
-        "load_average_at_start": os.getloadavg(),
-        "busy_cores_at_start": psutil.cpu_percent(interval=2) / 100 * psutil.cpu_count(),
-        "busy_cores_meanwhile": {},
-        "python": platform.python_version(),
-        "versions": {name: installed.get(name) for name in (*packages, "dm_control")},
-        "results": {},
-    }
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    record = {"measure": args.measure, "args": flags, **surroundings()}
+    record |= {"busy_cores_meanwhile": {}, "results": {}}
     for agent in args.agents:
-        sides = sides_of(args, agent)
-        groups = {}  # sizes of one axis in turn; all at once would not fit into memory
-        for side, what in sides.items():
-            groups.setdefault(side.split()[0] if args.measure == "scaling" else "", {})[side] = what
-        values, busy = {}, 0
-        for group in groups.values():
-            more_values, busy_now = alternate(group, args.repeats)
-            values, busy = values | more_values, max(busy, busy_now)
+        values, busy = alternate(sides_of(args, agent), args.repeats)
         record["results"][agent], record["busy_cores_meanwhile"][agent] = values, busy
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=2) + "\n")
@@ -429,16 +479,12 @@ def main(args: Args):
         print(f"--out {out} is not there; without --show it is measured.", file=sys.stderr)
         sys.exit(2)
     record = json.loads(out.read_text()) if args.show else run(args, out)
-    measure, results = record["measure"], record["results"]
-    clauses = [summarize(measure, agent, values) for agent, values in results.items()]
-    record["sentence"] = f"{'; '.join(clauses)} ({measure})."
-    print(record["sentence"])
+    results = record["results"]
+    clauses = [summarize(record["measure"], agent, values) for agent, values in results.items()]
+    print("; ".join(clauses))
     busy = max(record["busy_cores_at_start"], *record["busy_cores_meanwhile"].values())
     if busy > 0.2:
         print(f"Warning: others kept {busy:.1f} cores busy; do not quote these.", file=sys.stderr)
-    if not args.show:
-        out.write_text(json.dumps(record, indent=2) + "\n")
-    importlib.import_module("anatomy").figure(record, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

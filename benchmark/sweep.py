@@ -6,19 +6,22 @@
     python benchmark/sweep.py ... --dry-run                        # only prints the commands
     python benchmark/sweep.py ... --address auto                   # on this machine's Ray cluster
 
-Without an address Ray starts on this machine and ends with the sweep. Each run is a script in a
-process of its own, with RESULTS_DIR/{agent}__{env_id}__{seed} as its run directory and
-RESULTS_DIR/logs for what it prints. The same command again skips what is finished and resumes what
-is not; nothing is ever deleted: what cannot be resumed moves to RESULTS_DIR/set_aside. The nodes of
-a cluster need this repository and RESULTS_DIR in a directory that they share. Linux only.
+Each run is a script in a process of its own, with RESULTS_DIR/{agent}__{env_id}__{seed} as its run
+directory and RESULTS_DIR/logs for what it prints; runs.csv there says what made each run, wall.csv
+when it came to each evaluation. The same command again skips what is finished and goes on with what
+is not; nothing is ever deleted. The nodes of a cluster need this repository, RESULTS_DIR and the
+folder in which the sweep was started in directories that they share. Linux only.
 """
 
+import collections
+import contextlib
 import csv
 import ctypes
 import dataclasses
-import difflib
+import datetime
 import fcntl
-import gzip
+import hashlib
+import importlib.metadata
 import json
 import os
 import shlex
@@ -28,39 +31,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from os.path import relpath
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-# Before Ray is imported: no telemetry, time to start on a machine whose cores are busy (by default
-# 15 seconds), and no opinion on tasks that want no GPU.
+# Before Ray is imported: no telemetry, time to start on a busy machine (by default 15 seconds), and
+# no opinion on tasks that want no GPU.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray
 import tyro
 from tqdm import tqdm
 
+try:
+    import ray
+except ImportError:
+    ray = None
+
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("env_id", "seed", "total_timesteps", "run_dir", "resume", "evaluate")  # not after --
-PASSED_ON = ("JAX_", "XLA_", "MUJOCO_")  # variables that the scripts see on every node
+OURS = ("env_id", "seed", "total_timesteps", "run_dir")  # not after --
+PASSED_ON = ("JAX_", "XLA_", "MUJOCO_", "PYTHONPATH")  # variables that scripts see on every node
+PACKAGES = "jax jaxlib flax optax numpy gymnasium shimmy dm_control mujoco".split()
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 BAD_USAGE = 2  # exit code of a script that refuses its flags
-
-
-def whole_number(strings: list[str]) -> int:
-    """`["1e6"]` -> 1000000, as the scripts read it."""
-    if not float(strings[0]).is_integer():
-        raise ValueError(f"{strings[0]} is not a whole number")
-    return int(float(strings[0]))
-
-
-Int = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        1, "INT", whole_number, lambda value: isinstance(value, int), lambda value: [str(value)]
-    ),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +63,8 @@ class Args:
 
     agents: tuple[str, ...]  # scripts in agents/ by name (sac_dmc), or paths of others
     env_ids: tuple[str, ...]  # tasks
-    seeds: tuple[int, ...]  # a run for each; with -- --num-seeds N a group of N begins at each
-    total_timesteps: Int  # environment steps of each run
+    seeds: tuple[int, ...]  # a run for each
+    total_timesteps: int  # environment steps of each run
     results_dir: Path = ROOT / "benchmark" / "results" / "curves"  # run directories go here
     address: str | None = None  # Ray cluster to join, `auto` for the one this machine is part of
     jobs: int | None = None  # runs at a time on this machine; default one for each core
@@ -84,16 +78,10 @@ class Run(NamedTuple):
 
     script: Path
     directory: Path
-    flags: list[str]
     total_timesteps: int
-
-    @property
-    def log(self) -> Path:
-        return self.directory.parent / "logs" / f"{self.directory.name}.log"
-
-
-class ScriptFailed(Exception):
-    """A script ended without its last evaluation; another attempt resumes it."""
+    command: list[str]  # begins the run, and goes on with it
+    here: Path  # folder in which the command is given
+    log: Path  # what it prints
 
 
 def fail(message: str, code: int = 2):
@@ -113,132 +101,115 @@ def read_config(directory: Path) -> dict | None:
         return None
 
 
-def evaluated(directory: Path, config: dict) -> int:
-    """The last step at which all episodes of all seeds were evaluated, 0 before the first."""
-    path, open_ = directory / "eval.csv", open
-    if not path.exists():
-        path, open_ = directory / "eval.csv.gz", gzip.open
-    if not path.exists():
-        return 0
-    episodes = {}
-    with open_(path, "rt") as file:
-        for row in csv.reader(line for line in file if line.endswith("\n")):  # the rest was cut off
-            if row[0].isdigit():
-                episodes.setdefault(int(row[0]), set()).add((row[1], row[2]))
-    complete = config["num_seeds"] * config["eval_episodes"]
-    return max((step for step, seen in episodes.items() if len(seen) == complete), default=0)
+def evaluated(run: Run) -> int:
+    """The last step at which all episodes were evaluated, 0 before the first."""
+    config, path = read_config(run.directory), run.directory / "eval.csv"
+    lines = path.read_text().split("\n")[1:-1] if config and path.exists() else []
+    counts = collections.Counter(int(line.split(",")[0]) for line in lines)  # whole lines only
+    return max((step for step, n in counts.items() if n == config["eval_episodes"]), default=0)
 
 
 def last_evaluation(total_timesteps: int, config: dict) -> int:
-    """The last step of so many at which the script evaluates: the end of an action, once a period.
-
-    With action repeat r and period p these are the multiples of r with step % p < r.
-    """
+    """The last step at which the script evaluates, 0 if it never does."""
     repeat, period = config["action_repeat"], config["eval_frequency"]
-    periods = total_timesteps // period
-    steps = (-(-n * period // repeat) * repeat for n in (periods, periods - 1))
-    return next(step for step in steps if step <= total_timesteps)
+    steps = range(-(-total_timesteps // repeat) * repeat, 0, -repeat)
+    return next((step for step in steps if period and step % period < repeat), 0)
 
 
 def is_finished(run: Run) -> bool:
     """Whether eval.csv reaches the last evaluation of the steps asked for."""
-    if not (config := read_config(run.directory)):
-        return False
-    return evaluated(run.directory, config) >= last_evaluation(run.total_timesteps, config)
-
-
-def plan(run: Run) -> tuple[str, list[str]]:
-    """What is to be done about a run, "skip", "resume" or "start", and the command from ROOT."""
-    python, directory = [sys.executable, shown(run.script)], shown(run.directory)
-    if is_finished(run):
-        return "skip", []
-    config, checkpoint = read_config(run.directory), run.directory / "checkpoint"
-    if config and checkpoint.is_dir() and any(checkpoint.iterdir()):
-        more = ["--total-timesteps", str(run.total_timesteps)]
-        longer = run.total_timesteps > config["total_timesteps"]
-        return "resume", [*python, "--resume", directory, *(more if longer else [])]
-    return "start", [*python, *run.flags, "--run-dir", directory]
-
-
-def shown(path: Path) -> str:
-    """A path from ROOT, where scripts are run: no machine's directories end up in config.json."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    config = read_config(run.directory)
+    return bool(config) and 0 < last_evaluation(run.total_timesteps, config) <= evaluated(run)
 
 
 def contradiction(config: dict, flags: list[str]) -> str | None:
     """A flag with another value than the run was made with; `--x 3`, `--x=3`, `--x`, `--no-x`."""
     tokens = [part for flag in flags for part in flag.split("=", 1)]
     for token, value in zip(tokens, [*tokens[1:], "--"]):
-        if not token.startswith("--"):
-            continue
         name = token.removeprefix("--").replace("-", "_")
         if value.startswith("--"):
             name, value = name.removeprefix("no_"), str(not name.startswith("no_"))
-        then = config.get(name, value)
-        try:
-            same = float(value) == float(then)
-        except (TypeError, ValueError):
-            same = value == str(then)
-        if not same:
+        then = str(config.get(name, value))
+        with contextlib.suppress(ValueError):
+            value, then = float(value), float(then)
+        if token.startswith("--") and value != then:
             return f"{name} {then}, not {value}"
 
 
 # --- one run, on the node that Ray chose ----------------------------------------------------------
 
 
-def locked(file) -> bool:
-    """Takes the lock of an open file unless somebody has it.
+def append(name: str, row: dict, run: Run):
+    """Adds a line to a table to which several runs add theirs."""
+    with (run.directory.parent / name).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if os.fstat(file.fileno()).st_size == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
-    A process started with the file open shares the lock, which ends with the last of both.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+
+def provenance(run: Run, gpus: float) -> dict:
+    """A line of runs.csv: the script's text, versions and the machine."""
+
+    def output(command: str) -> str:
+        options = {"cwd": run.script.parent, "capture_output": True, "text": True}
+        return subprocess.run(command, shell=True, **options).stdout.strip()
+
+    machine = [output("grep -m 1 'model name' /proc/cpuinfo").split(": ")[-1]]
+    machine += [f"{os.cpu_count()} cores", *output("nvidia-smi -L").split(" (")[: gpus > 0]]
+    versions = {x.name.replace("-", "_"): x.version for x in importlib.metadata.distributions()}
+    changed = output(f"git status --porcelain -- {shlex.quote(run.script.name)}")
+    return {
+        "run": run.directory.name,
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "script": run.script.name,
+        "sha256": hashlib.sha256(run.script.read_bytes()).hexdigest(),
+        "commit": output("git rev-parse HEAD") + ("-dirty" if changed else ""),
+        "machine": ", ".join(machine),
+        "versions": " ".join(f"{x} {versions[x]}" for x in PACKAGES if x in versions),
+    }
 
 
 def claim_core():
     """A core of this machine that no other run has, if there is one, and its locked file."""
     for core in sorted(os.sched_getaffinity(0)):
         file = Path(tempfile.gettempdir(), f"jax-rl-{os.getuid()}-core-{core}.lock").open("w")
-        if locked(file):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return core, file
     return None, file
 
 
-def execute(command: list[str], env: dict, core: int | None, core_file, log) -> int:
-    """Runs a script on a core until it ends; returns its exit code."""
+def execute(run: Run, env: dict, core: int | None, core_file, log) -> int:
+    """Runs a script until it ends; returns its exit code. It keeps the locks of both files."""
     prctl = ctypes.CDLL(None).prctl
 
     def before_script():
-        # If Ray's worker goes, with its node for example, the script is told to end as well.
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # without its worker a script is told to end
         if core is not None:
             os.sched_setaffinity(0, {core})
 
-    log.write(f"$ {shlex.join(command)}  # on {os.uname().nodename}, core {core}\n".encode())
+    log.write(f"$ {shlex.join(run.command)}  # on {os.uname().nodename}, core {core}\n".encode())
     log.flush()
+    start, noted, code = time.time(), evaluated(run), None
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        run.command, cwd=run.here, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         pass_fds=[core_file.fileno()], preexec_fn=before_script,
         start_new_session=True,  # a terminal's Ctrl-C would be the first of two signals
     )  # fmt: skip
     try:
-        while process.poll() is None:
+        while code is None:
             time.sleep(0.2)  # not wait(), which Ray's cancelling could not interrupt
+            code = process.poll()
+            if (step := evaluated(run)) > noted:
+                row = {"run": run.directory.name, "global_step": step}
+                append("wall.csv", row | {"seconds": round(time.time() - start)}, run)
+                noted = step
     finally:
         process.terminate()  # on Ctrl-C of the sweep: the script writes a checkpoint
         process.wait()
-    return process.returncode
-
-
-def set_aside(directory: Path):
-    """Moves a run directory away from the results."""
-    if directory.exists():
-        target = directory.parent / "set_aside" / f"{directory.name}__{time.time_ns()}"
-        target.parent.mkdir(exist_ok=True)
-        directory.rename(target)
+    return code
 
 
 def run_script(run: Run, variables: dict, gpus: float) -> str | None:
@@ -248,25 +219,15 @@ def run_script(run: Run, variables: dict, gpus: float) -> str | None:
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * gpus:.3f}"
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
-        # Who writes the log has the run. The script of a lost node may still write its checkpoint.
-        while not locked(log):
-            time.sleep(0.2)
+        fcntl.flock(log, fcntl.LOCK_EX)  # the script of a lost node may still write its checkpoint
         core, core_file = claim_core()
         with core_file:
-            what, command = plan(run)
-            code = 0
-            if what == "resume":
-                code = execute(command, env | variables, core, core_file, log)
-            if what == "start" or what == "resume" and code == BAD_USAGE:  # no usable checkpoint
-                set_aside(run.directory)
-                command = plan(run)[1]
-                code = execute(command, env | variables, core, core_file, log)
-    if is_finished(run):
-        return None
+            append("runs.csv", provenance(run, gpus), run)
+            code = execute(run, env | variables, core, core_file, log)
     message = f"the script ended with exit code {code}"
-    if code == BAD_USAGE:
-        return message  # no use in trying again
-    raise ScriptFailed(message)
+    if code not in (0, BAD_USAGE):
+        raise ChildProcessError(message)  # another attempt goes on with it
+    return message if code else None  # no use in trying again
 
 
 # --- all runs -------------------------------------------------------------------------------------
@@ -277,32 +238,34 @@ def make_runs(args: Args, script_flags: list[str]) -> list[Run]:
     names = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in script_flags}
     if ours := names & set(OURS):
         fail(f"The sweep itself sets --{min(ours).replace('_', '-')}; leave it out after --.")
-    known = {path.stem: path for path in sorted((ROOT / "agents").glob("*.py"))}
+    if "exp_name" in names and len(args.agents) > 1:
+        fail("Reports could not tell these agents apart if all had the same --exp-name.")
+    known = {path.stem: path for path in sorted((ROOT / "agents").glob("*_*.py"))}
     runs = {}
     for agent in args.agents:
         script = known.get(agent, Path(agent).absolute())
         if not script.is_file():
-            near = ", ".join(difflib.get_close_matches(agent, known, n=3, cutoff=0.0))
-            fail(f"--agents {agent} is neither a script in agents/ nor a file; near are {near}.")
+            fail(f"--agents {agent} is neither a file nor one of {', '.join(known)}.")
         for env_id in args.env_ids:
             for seed in args.seeds:
                 name = f"{script.stem}__{env_id}__{seed}".replace("/", "_").replace(":", "_")
-                flags = ["--env-id", env_id, "--seed", str(seed), *script_flags]
-                flags += ["--total-timesteps", str(args.total_timesteps)]
                 directory = args.results_dir.absolute() / name
+                command = [sys.executable, relpath(script), "--env-id", env_id, "--seed", str(seed)]
+                command += [*script_flags, "--total-timesteps", str(args.total_timesteps)]
+                command += ["--run-dir", relpath(directory)]
                 if name in runs:
                     fail(f"The sweep has {name} twice; runs need different names.")
-                runs[name] = Run(script, directory, flags, args.total_timesteps)
-                config = read_config(directory) or {}
-                if config.get("eval_frequency") == 0:
-                    fail(f"{shown(directory)} was made without evaluations; move it away.")
-                if other := contradiction(config, ["--env-id", env_id, *script_flags]):
-                    fail(f"{shown(directory)} was made with {other}; give another --results-dir.")
+                log, steps = directory.parent / f"logs/{name}.log", args.total_timesteps
+                runs[name] = Run(script, directory, steps, command, Path.cwd(), log)
+                if other := contradiction(read_config(directory) or {}, command[2:-4]):
+                    fail(f"{relpath(directory)} was made with {other}; give another --results-dir.")
     return list(runs.values())
 
 
 def connect(args: Args):
     """Joins the cluster at the address, or starts Ray on this machine."""
+    if not ray:
+        fail("The sweep needs Ray: pip install -r benchmark/requirements.txt")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if args.address:
@@ -312,16 +275,14 @@ def connect(args: Args):
             ray.init(args.address, **quiet)
         else:
             # Results are files, so the object store is as small as Ray allows.
-            cores = args.jobs or len(os.sched_getaffinity(0))
-            store = 80 * 1024**2
-            ray.init(
-                "local", num_cpus=cores, object_store_memory=store, include_dashboard=False, **quiet
-            )
+            quiet |= {"num_cpus": args.jobs or len(os.sched_getaffinity(0))}
+            quiet |= {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
+            ray.init("local", **quiet)
     except OSError as error:
         fail(f"--address {args.address}: {str(error).splitlines()[0]}")
     except Exception as error:  # Ray raises plain ones, as when a busy machine takes too long
         fail(f"Ray did not start: {str(error).splitlines()[0]}", code=1)
-    most = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+    most = max(node["Resources"].get("GPU", 0) for node in ray.nodes())
     if args.gpus_per_run > most:
         fail(f"--gpus-per-run {args.gpus_per_run} is more than Ray finds: {most:g} on a node.")
 
@@ -330,27 +291,22 @@ def follow(pending: dict, runs: list[Run], total_timesteps: int) -> list[str]:
     """Shows progress until all tasks are done; returns what is to be said about failures."""
 
     def steps() -> int:
-        configs = ((run, read_config(run.directory)) for run in runs)
-        return sum(min(evaluated(r.directory, c), total_timesteps) for r, c in configs if c)
+        return sum(min(evaluated(run), total_timesteps) for run in runs)
 
-    failures = []
-    total = len(runs) * total_timesteps
-    with tqdm(total=total, initial=steps(), unit=" steps", dynamic_ncols=True, disable=None) as bar:
+    failures, total = [], len(runs) * total_timesteps
+    with tqdm(total=total, initial=steps(), unit=" steps", disable=None) as bar:
         while pending:
             for ref in ray.wait(list(pending), timeout=2)[0]:
-                run = pending[ref]
+                run = pending.pop(ref)
                 try:
                     problem = ray.get(ref)
                 except ray.exceptions.RayError as error:
                     problem = str(getattr(error, "cause", None) or error)
-                del pending[ref]
                 if problem:
                     log = run.log.read_text(errors="replace") if run.log.exists() else ""
-                    lines = [f"{shown(run.log)} ends with", *log.splitlines()[-20:]]
-                    problem = f"{run.directory.name}: {problem}. " + "\n    ".join(lines)
-                    failures.append(problem)
+                    lines = [f"{relpath(run.log)} ends with", *log.splitlines()[-20:]]
+                    failures.append(f"{run.directory.name}: {problem}. " + "\n    ".join(lines))
                 tqdm.write(f"{run.directory.name} {'failed' if problem else 'is finished'}")
-            bar.set_postfix_str(f"{len(runs) - len(pending)} of {len(runs)} runs done")
             bar.update(steps() - bar.n)
     return failures
 
@@ -358,29 +314,20 @@ def follow(pending: dict, runs: list[Run], total_timesteps: int) -> list[str]:
 def main(args: Args, script_flags: list[str]):
     """Runs what is not finished; the exit code is 1 if something failed for good."""
     runs = make_runs(args, script_flags)
+    todo = [run for run in runs if not is_finished(run)]
     if args.dry_run:
         for run in runs:
-            what, command = plan(run)
-            print(f"# {what} {run.directory.name}")
-            print(*([shlex.join(["python", *command[1:]])] if command else []), sep="\n")
+            print(shlex.join(["python", *run.command[1:]]), "" if run in todo else " # finished")
         return
-    todo = [run for run in runs if plan(run)[0] != "skip"]
-    print(f"{len(runs)} runs in {shown(args.results_dir.absolute())}, {len(todo)} to do")
+    print(f"{len(runs)} runs in {relpath(args.results_dir)}, {len(todo)} to do")
     if not todo:
         return
     connect(args)
-
-    received = [signal.SIGINT]
-
-    def interrupt(number, _):
-        received.append(number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):  # after Ray has set its own handlers
-        signal.signal(number, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, after Ray has set its own handlers
+        signal.signal(number, signal.default_int_handler)
     task = ray.remote(run_script).options(
         num_cpus=1, num_gpus=args.gpus_per_run,
-        max_retries=args.retries, retry_exceptions=[ScriptFailed],
+        max_retries=args.retries, retry_exceptions=[ChildProcessError],
     )  # fmt: skip
     variables = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
     pending = {task.remote(run, variables, args.gpus_per_run): run for run in todo}
@@ -391,11 +338,11 @@ def main(args: Args, script_flags: list[str]):
         for ref in pending:
             ray.cancel(ref)
         ray.wait(list(pending), num_returns=len(pending), timeout=300)
-        fail("Stopped; the same command goes on from the checkpoints.", 128 + received[-1])
+        fail("Stopped; the same command goes on from the checkpoints.", code=130)
     ray.shutdown()  # before the last words, which Ray's own notices on retries would follow
     if failures:
         fail("\n".join([*failures, f"{len(failures)} of {len(runs)} runs failed."]), code=1)
-    print(f"All runs are finished: python benchmark/report.py {shown(args.results_dir.absolute())}")
+    print(f"All runs are finished: python benchmark/report.py {relpath(args.results_dir)}")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,21 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # [B, O]
     action: torch.Tensor  # [B, A] in [-1, 1]
     reward: torch.Tensor  # [B]
-    discount: torch.Tensor  # [B] 0 where the episode terminated, else 1
+    discount: torch.Tensor  # [B] 0 where the episode terminated, else gamma^(k - 1) after k steps
     next_obs: torch.Tensor  # [B, O]
 
 
 class Buffer:
-    """Transitions on the device, in rows [capacity, O + A + 3 + O] as in the scripts."""
+    """Transitions on the device, as in the scripts."""
 
-    def __init__(self, rows, obs_dim: int, args):
-        self.rows, self.obs_dim, self.args = rows, obs_dim, args
-        self.mean, self.std = rows.new_zeros(obs_dim), rows.new_ones(obs_dim)
+    def __init__(self, obs_dim: int, action_dim: int, args, device="cpu"):
+        widths = (obs_dim,), (action_dim,), (), (), (obs_dim,)
+        self.args = args
+        self.data = Batch(*(torch.zeros(args.buffer_size, *x, device=device) for x in widths))
+        self.mean, self.std = (
+            torch.zeros(obs_dim, device=device),
+            torch.ones(obs_dim, device=device),
+        )
 
     def normalize(self, obs):
         """Observations [B, O] with mean 0 and variance 1, clipped to [-10, 10]."""
@@ -39,21 +44,15 @@ class Buffer:
 
     def sample(self, count: int) -> Batch:
         """A minibatch drawn uniformly, with replacement, from the first `count` transitions."""
-        index = torch.randint(count, (self.args.batch_size,), device=self.rows.device)
-        rows, o = self.rows[index], self.obs_dim
-        return Batch(
-            obs=self.normalize(rows[:, :o]),
-            action=rows[:, o : -o - 3],
-            reward=rows[:, -o - 3],
-            discount=rows[:, -o - 2],
-            next_obs=self.normalize(rows[:, -o:]),
-        )
+        index = torch.randint(count, (self.args.batch_size,), device=self.mean.device)
+        obs, *columns, next_obs = (x[index] for x in self.data)
+        return Batch(self.normalize(obs), *columns, self.normalize(next_obs))
 
 
 def mlp(inputs: int, outputs: int, args, layer_norm: bool = False) -> nn.Sequential:
-    """Hidden layers with ReLU, then a linear head; LayerNorm, if asked for, before each ReLU."""
+    """Two hidden layers with ReLU, and a linear one; LayerNorm, if asked for, before each ReLU."""
     layers, width = [], args.hidden_width
-    for i in range(args.hidden_layers):
+    for i in range(2):
         layers.append(nn.Linear(width if i else inputs, width))
         if layer_norm:
             layers.append(nn.LayerNorm(width, eps=1e-6))
@@ -120,7 +119,7 @@ class SAC:
         self.target_entropy = -args.target_entropy_scale * action_dim
         self.actor_opt = adam(self.actor.parameters(), args.policy_lr)
         self.critic_opt = adam(self.critic.parameters(), args.q_lr)
-        self.alpha_opt = adam([self.log_alpha], args.alpha_lr)
+        self.alpha_opt = adam([self.log_alpha], args.policy_lr)
 
     def sample_action(self, obs, noise):
         """Actions [B, A] and their log-probabilities [B], from standard normal noise [B, A]."""

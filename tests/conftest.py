@@ -188,7 +188,7 @@ def use_probes(script, monkeypatch):
     def use(*arguments) -> list[Probe]:
         built = []
 
-        def make_env(args, **options):
+        def make_env(args, render_mode):
             built.append(Probe(*arguments))
             return ProbeEnv(built[-1])
 
@@ -196,3 +196,48 @@ def use_probes(script, monkeypatch):
         return built
 
     return use
+
+
+class Toy(gym.Env):
+    """Episodes of `length` steps, in which it remembers what it was given.
+
+    `answer(toy, outcome)` may change what `reset` and `step` return. The constructor knows no
+    render mode.
+    """
+
+    def __init__(self, observations=None, actions=None, answer=None, length=None):
+        self.observation_space = observations or gym.spaces.Box(-1, 1, (5,))
+        self.action_space = actions or gym.spaces.Box(-1, 1, (3,))
+        self.answer = answer or (lambda toy, outcome: outcome)
+        self.length, self.time, self.steps = length, 0, 0
+        self.seeds, self.actions = [], []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.observation_space.seed(seed)
+        self.time = 0
+        return self.answer(self, (self.observation_space.sample(), {}))
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.time, self.steps = self.time + 1, self.steps + 1
+        obs, reward = self.observation_space.sample(), float(np.sum(action))
+        return self.answer(self, (obs, reward, False, self.time == self.length, {}))
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """`toys(**kwargs)` registers Toy-v0; returns those that are made."""
+
+    def register(kind=Toy, **kwargs) -> list[Toy]:
+        made = []
+
+        def make(**options):
+            made.append(kind(**kwargs | options))
+            return made[-1]
+
+        spec = gym.envs.registration.EnvSpec("Toy-v0", entry_point=make)
+        monkeypatch.setitem(gym.registry, "Toy-v0", spec)
+        return made
+
+    return register

@@ -1,277 +1,533 @@
-"""What crosses the edge: actions, ends of episodes, what `main` stores, and what it evaluates."""
+"""What crosses the edge to an environment, on toys and on the suite; backends share the text."""
 
-import tempfile
-from functools import cache
+import json
+import runpy
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import gymnasium as gym
-import jax
 import numpy as np
 import pytest
-from conftest import DmcProbe, GymProbe, Probe, small_args
-from oracles import FROZEN, assert_equal, linear_args, step_sizes, without_key
+from conftest import ProbeEnv, Toy, small_args
+from dm_control import suite
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 LOW, HIGH = np.array([-1.0, 0.0, -0.3]), np.array([1.0, 4.0, 0.1])  # as different as bounds can be
-ENDINGS = ((5, "truncated"), (3, "terminated"), (4, "terminated, truncated"))
+SUITE_TASKS = [f"{domain}-{task}" for domain, task in suite.ALL_TASKS]
+
+pytestmark = pytest.mark.algorithms("sac")
+on_gym, on_dmc = pytest.mark.backends("gym"), pytest.mark.backends("dmc")
 
 
-def native(action, low, high):
-    """The place of an action [..., A] between the bounds."""
-    return low + (np.float64(action) + 1) / 2 * (high - low)
+@pytest.fixture
+def toy(script, toys):
+    """`toy(**kwargs)` is a Toy behind the script's interface, and the Toy itself."""
+
+    def build(kind=Toy, **kwargs):
+        made = toys(kind, **kwargs)
+        return script.Interface(small_args(script, env_id="Toy-v0")), made[-1]
+
+    return build
 
 
-# --- one step -------------------------------------------------------------------------------------
+def interface(script, env_id: str, **changes):
+    return script.Interface(small_args(script, env_id=env_id, **changes))
+
+
+def refusal(script, capsys, *words: str) -> str:
+    """The one sentence with which `python SCRIPT WORDS` ends before anything is trained."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [script.__file__, *words])
+        runpy.run_path(script.__file__, run_name="__main__")
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1
+    return message
+
+
+# --- actions --------------------------------------------------------------------------------------
 
 
 def test_every_dimension_of_an_action_has_its_own_bounds(script, use_probes):
-    probes = use_probes(LOW, HIGH)
-    envs = script.Environments(small_args(script), [0, 1])
-    envs.reset_all()
-    action = np.random.default_rng(0).uniform(-1, 1, (2, 3)).astype(np.float32)
-    envs.step(action)
-    envs.step(np.float32([[-1] * 3, [1] * 3]))
-    for i, probe in enumerate(probes):
-        np.testing.assert_allclose(probe.actions[0], native(action[i], LOW, HIGH), rtol=1e-6)
-        np.testing.assert_allclose(probe.actions[1], (LOW, HIGH)[i], rtol=1e-6)
+    (probes,) = (use_probes(LOW, HIGH),)
+    env = script.Interface(small_args(script))
+    env.reset(0)
+    action = np.random.default_rng(0).uniform(-1, 1, 3).astype(np.float32)
+    for x in (action, -np.ones(3), np.ones(3)):
+        env.step(np.float32(x))
+    wanted = [LOW + (np.float64(action) + 1) / 2 * (HIGH - LOW), LOW, HIGH]
+    np.testing.assert_allclose(probes[0].actions, wanted, rtol=1e-6, atol=1e-7)
+
+
+@on_gym
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_never_leave_the_box(toy, dtype):
+    """Rounding to float32 would leave random bounds in a quarter of all cases."""
+    rng = np.random.default_rng(0)
+    low = (rng.normal(0, 1, 500) * 10 ** rng.uniform(-3, 5, 500)).astype(dtype)
+    high = low + (10 ** rng.uniform(-3, 5, 500)).astype(dtype)
+    env, inner = toy(actions=Box(low, high, dtype=dtype))
+    env.reset(0)
+    for x in (-np.ones(500), np.ones(500), *rng.uniform(-1, 1, (20, 500))):
+        env.step(np.float32(x))
+        assert inner.action_space.contains(inner.actions[-1])
+    np.testing.assert_array_equal(inner.actions[:2], [low, high])
+
+
+@on_gym
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0, 1, np.int8), (-100, 100, np.int8), (0, 255, np.uint8)]
+)
+def test_integer_actions(toy, low, high, dtype):
+    """Every value of a small Box is received, about equally often; the whole range of a large."""
+    env, inner = toy(actions=Box(low, high, (1,), dtype))
+    env.reset(0)
+    for x in np.linspace(-1, 1, 401):
+        env.step(np.float32([x]))
+        assert inner.action_space.contains(inner.actions[-1])
+    received = np.array(inner.actions, int).ravel()
+    assert (np.diff(received) >= 0).all() and (received[0], received[-1]) == (low, high)
+    assert len(np.unique(received)) == high - low + 1
+    assert np.median(received) == pytest.approx((low + high) / 2, abs=1)
+
+
+@on_gym
+def test_actuators_without_limits_are_driven_in_the_unit_box(toy):
+    bounds = np.array([[-1e10, 1e10], [-np.inf, np.inf], [-np.inf, 0.5], [0, np.inf], [-3, 7]])
+    env, inner = toy(actions=Box(*np.float32(bounds.T)))
+    env.reset(0)
+    for x in (-1, 1):
+        env.step(np.full(5, x, np.float32))
+    np.testing.assert_allclose(inner.actions, [[-1, -1, -1, 0, -3], [1, 1, 0.5, 1, 7]])
+
+
+@on_gym
+def test_actions_of_two_axes(toy):
+    low, high = np.float64([[-1, -2, -3], [0, 1, -9]]), np.float64([[1, 2, 4], [5, 2, -8]])
+    env, inner = toy(actions=Box(low, high, dtype=np.float64))
+    assert env.low.size == 6
+    env.reset(0)
+    env.step(np.float32([-1, 1, 0, 1, 0, -1]))
+    np.testing.assert_allclose(inner.actions, [[[-1, 2, 0.5], [5, 1.5, -9]]])
+
+
+@on_gym
+@pytest.mark.parametrize("actions", [Discrete(3), Dict(a=Box(-1, 1))], ids=["Discrete", "Dict"])
+def test_other_actions_are_refused(script, toys, actions, capsys):
+    toys(actions=actions)
+    message = refusal(script, capsys, "--env-id", "Toy-v0")
+    assert "Toy-v0" in message and str(actions) in message
+
+
+# --- what comes back ------------------------------------------------------------------------------
+
+
+@on_gym
+@pytest.mark.parametrize(
+    "observations",
+    [
+        Dict(position=Box(-1, 1, (2, 3)), speed=Box(-1, 1, ())),
+        Tuple([Box(-1, 1, (2, 3)), Box(-1, 1, (1,), np.float64)]),
+        Box(-1, 1, (7,), np.float64),
+        Box(0, 255, (7,), np.uint8),
+    ],
+    ids=["Dict", "Tuple", "float64", "uint8"],
+)
+def test_observations(toy, observations):
+    seen = []
+    env, _ = toy(
+        observations=observations, answer=lambda toy, outcome: seen.append(outcome[0]) or outcome
+    )
+    assert env.obs_dim == 7
+    returned = [env.reset(0), env.step(np.zeros(3, np.float32))[0]]
+    for obs, native in zip(returned, seen, strict=True):
+        assert obs.shape == (7,) and obs.dtype == np.float32
+        np.testing.assert_array_equal(obs, np.float32(gym.spaces.flatten(observations, native)))
+
+
+def in_step(**changes):
+    """An answer that differs in these parts at the second step of an episode."""
+
+    def answer(toy, outcome):
+        if toy.time != 2:
+            return outcome
+        names = "obs", "reward", "terminated", "truncated", "info"
+        return tuple((dict(zip(names, outcome)) | changes).values())
+
+    return answer
+
+
+@on_gym
+@pytest.mark.parametrize(
+    "reward",
+    [2, np.array([2.0]), [2.0], np.array(2.0), np.float32(2), np.array([[2]])],
+    ids=["int", "array", "list", "0-d", "float32", "2-d"],
+)
+def test_rewards_of_one_entry_are_numbers(toy, reward):
+    env, _ = toy(answer=in_step(reward=reward), length=3)
+    env.reset(0)
+    rewards = [env.step(np.ones(3, np.float32))[1] for _ in range(3)]
+    assert rewards == [3.0, 2.0, 3.0] and {type(x) for x in rewards} == {float}
+
+
+def raises(toy, outcome):
+    if toy.time == 2:
+        raise RuntimeError("The robot fell off the table.")
+    return outcome
+
+
+WRONG = {
+    "obs of another size": in_step(obs=np.zeros(1, np.float32)),
+    "obs of more": in_step(obs=np.zeros(6, np.float32)),
+    "obs of nothing": in_step(obs=None),
+    "nan obs": in_step(obs=np.float32([0, 0, np.nan, 0, 0])),
+    "infinite obs": in_step(obs=np.float64([0, 0, 0, 0, 1e39])),
+    "nan reward": in_step(reward=np.nan),
+    "infinite reward": in_step(reward=-np.inf),
+    "reward beyond float32": in_step(reward=1e39),
+    "reward of two": in_step(reward=np.ones(2)),
+    "no reward": in_step(reward=None),
+    "four values": lambda toy, outcome: outcome[:3] + outcome[4:] if toy.time == 2 else outcome,
+    "raises": raises,
+}
+WRONG_RESETS = {
+    "obs of another size": lambda obs: (obs[1:], {}),
+    "nan obs": lambda obs: (obs * np.nan, {}),
+    "old API": lambda obs: obs,
+}
+
+
+@on_gym
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_used_is_an_error(toy, wrong):
+    env, _ = toy(answer=WRONG[wrong])
+    env.reset(0)
+    env.step(np.ones(3, np.float32))
+    with pytest.raises(gym.error.Error) as error:
+        env.step(np.ones(3, np.float32))
+    message = str(error.value)
+    assert "environment broke down" in message and "\n" not in message
+    assert "robot" in message or wrong != "raises"
+
+
+@on_gym
+@pytest.mark.parametrize("wrong", WRONG_RESETS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_reset_that_cannot_be_used_is_an_error(toy, wrong, size):
+    """Also observations of two entries without info, which look like an observation and info."""
+    answer = WRONG_RESETS[wrong]
+    env, _ = toy(observations=Box(-1, 1, (size,)), answer=lambda toy, x: answer(x[0]))
+    with pytest.raises(gym.error.Error, match="broke down"):
+        env.reset(0)
+
+
+# --- episodes -------------------------------------------------------------------------------------
 
 
 def test_a_termination_is_no_truncation_and_a_time_limit_no_termination(script, use_probes):
-    use_probes(LOW, HIGH, ENDINGS)
-    envs = script.Environments(small_args(script), [0])
-    ends = {}
-    for length, kind in ENDINGS:
-        envs.reset(0)
+    endings = (5, "truncated"), (3, "terminated"), (4, "terminated, truncated")
+    use_probes(LOW, HIGH, endings)
+    env, ends = script.Interface(small_args(script)), {}
+    for length, kind in endings:
+        env.reset(0)
         for _ in range(length):
-            next_obs, _, terminated, truncated = envs.step(np.zeros((1, 3), np.float32))
-        ends[kind] = terminated[0], truncated[0]
-        assert next_obs[0, 1] == length, "the last observation, not the one after a reset"
-    assert ends["truncated"] == (False, True)
-    assert ends["terminated"] == ends["terminated, truncated"] == (True, False)
+            next_obs, _, *ends[kind], info = env.step(np.zeros(3, np.float32))
+        assert next_obs[1] == length, "the last observation, not the one after a reset"
+        assert info["episode"]["l"] == length
+    assert ends["truncated"] == [False, True]
+    assert ends["terminated"] == ends["terminated, truncated"] == [True, False]
 
 
-def test_environments_that_are_not_active_stay_where_they_are(script, use_probes):
-    probes = use_probes(LOW, HIGH)
-    envs = script.Environments(small_args(script), [0, 1, 2])
-    envs.reset_all()
-    action = np.zeros((3, 3), np.float32)
-    obs, reward, terminated, truncated = envs.step(action, np.array([True, False, True]))
-    assert [len(probe.actions) for probe in probes] == [1, 0, 1]
-    assert not obs[1].any() and obs[0].any()
-    assert reward[1] == 0 and not terminated.any() and not truncated.any()
+def test_repeated_actions_count_the_steps_of_the_environment(script, use_probes):
+    """Ten steps, three at a time: four actions, the last of which is held for one step."""
+    (probes,) = (use_probes(LOW, HIGH, ((10, "truncated"),)),)
+    env = script.Interface(small_args(script, action_repeat=3))
+    env.reset(0)
+    rewards, info = [], {}
+    while "episode" not in info:
+        *_, info = outcome = env.step(np.ones(3, np.float32))
+        rewards.append(outcome[1])
+    # A step adds 1/2 to the three positions, whose sum is the reward.
+    np.testing.assert_allclose(rewards, 1.5 * np.array([1 + 2 + 3, 4 + 5 + 6, 7 + 8 + 9, 10]))
+    assert (info["episode"]["l"], info["episode"]["r"]) == (10, pytest.approx(1.5 * 55))
+    assert len(probes[0].actions) == 10
 
 
-def test_what_is_not_finite_stops_the_run(script, use_probes):
-    probes = use_probes(LOW, HIGH)
-    envs = script.Environments(small_args(script), [0])
-    envs.reset_all()
-    probes[0].position[0] = np.nan
-    with pytest.raises(FloatingPointError):
-        envs.step(np.zeros((1, 3), np.float32))
+@on_gym
+def test_an_environment_without_a_time_limit_has_one(toy):
+    env, _ = toy()
+    env.reset(0)
+    ends = [env.step(np.zeros(3, np.float32))[2:4] for _ in range(10_000)]
+    assert ends == [(False, False)] * 9_999 + [(False, True)]
 
 
-# --- the environments themselves ------------------------------------------------------------------
+def test_an_episode_is_a_function_of_its_numbers(script):
+    env = interface(script, {"dmc": "cartpole-swingup", "gym": "Hopper-v5"}[script.backend])
+    starts = [env.reset(*numbers) for numbers in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1))]
+    np.testing.assert_array_equal(starts[0], starts[3])
+    assert len(np.unique(starts, axis=0)) == 3
 
 
-@pytest.mark.backends("dmc")
-def test_a_task_of_the_suite_receives_actions_between_its_own_bounds(script):
-    envs = script.Environments(small_args(script, env_id="quadruped-walk"), [0])
-    spec = envs.envs[0].action_spec()
-    assert len(np.unique(spec.maximum)) > 1 and (spec.minimum != -spec.maximum).any()
-    received = []
-
-    def step(action):
-        received.append(action)
-        return envs.envs[0].reset()._replace(reward=0.0, discount=1.0)
-
-    envs.envs[0].step = step
-    for end in (-1, 1):
-        envs.step(np.full((1, envs.action_dim), end, np.float32))
-    np.testing.assert_allclose(received, [spec.minimum, spec.maximum], atol=1e-12)
+@on_gym
+def test_seeds_are_below_2_to_the_31(toy):
+    env, inner = toy()
+    for k in range(200):
+        env.reset(2**31 - 1, 0, k)
+    assert len(set(inner.seeds)) == 200 and 0 <= min(inner.seeds) and max(inner.seeds) < 2**31
 
 
-@pytest.mark.backends("dmc")
+# --- ids ------------------------------------------------------------------------------------------
+
+
+@on_dmc
+@pytest.mark.parametrize("env_id", ["cartpole-swingup", "dm_control/cartpole-swingup-v0"])
+def test_ids_of_the_suite(script, env_id):
+    assert interface(script, env_id).obs_dim == 5
+
+
+def test_ids_that_do_not_exist(script, capsys):
+    """The nearest name of this backend, or where the other backend's are used."""
+    cases = {
+        "dmc": {"cartpole-swingu": "cartpole-swingup", "HalfCheetah-v5": "gym scripts"},
+        "gym": {
+            "HalfCheeta-v5": "HalfCheetah", "HalfCheetah-v55": "v5", "no_package:Hopper-v5":
+            "no_package", "cartpole-swingup": "dmc scripts",
+        },
+    }  # fmt: skip
+    for env_id, word in cases[script.backend].items():
+        message = refusal(script, capsys, "--env-id", env_id)
+        assert env_id in message and word in message
+
+
+def test_arguments_of_the_environment(script, capsys):
+    if script.backend == "dmc":
+        kwargs = json.dumps({"task_kwargs": {"random": 0, "time_limit": 0.05}})
+        env, steps = interface(script, "cartpole-swingup", env_kwargs=kwargs), 5
+    else:
+        kwargs = json.dumps({"max_episode_steps": 7, "g": 0.0})
+        env, steps = interface(script, "Pendulum-v1", env_kwargs=kwargs), 7
+        assert env.unwrapped.g == 0
+    env.reset(0)
+    ends = [env.step(np.zeros(1, np.float32))[3] for _ in range(steps)]
+    assert ends == [False] * (steps - 1) + [True]
+    for kwargs in ("{", "3", '{"no_such_argument": 1}'):
+        message = refusal(script, capsys, "--env-kwargs", kwargs)
+        assert f"--env-kwargs {kwargs}" in message
+
+
+@on_gym
+def test_a_module_in_the_current_directory(script, tmp_path, monkeypatch):
+    code = "import gymnasium as gym\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+    code += "gym.register('Mine-v0', PendulumEnv, max_episode_steps=5)\n"
+    (tmp_path / "my_environments.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x])
+    assert interface(script, "my_environments:Mine-v0").reset(0).shape == (3,)
+
+
+@on_gym
+def test_old_gym_without_the_package(script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gym", None)
+    monkeypatch.delitem(sys.modules, "shimmy.openai_gym_compatibility", raising=False)
+    message = refusal(script, capsys, "--env-id", "old_gym/Pendulum-v1")
+    assert "pip install gym" in message
+
+
+@on_gym
+def test_old_gym(script):
+    """Plays as Gymnasium does; steps of four values need a word in --env-kwargs."""
+    old = pytest.importorskip("gym", reason="needs gym==0.26.2")
+    envs = [interface(script, env_id) for env_id in ("old_gym/Pendulum-v1", "Pendulum-v1")]
+    np.testing.assert_allclose(*[env.reset(1, 2) for env in envs], rtol=1e-5)
+    action = np.float32([0.3])
+    for _ in range(200):
+        a, b = (env.step(action) for env in envs)
+        np.testing.assert_allclose([*a[0], a[1]], [*b[0], b[1]], rtol=1e-4, atol=1e-5)
+        assert a[2:4] == b[2:4]
+    assert a[3], "the time limit truncates"
+
+    class Old(old.Env):
+        observation_space, action_space = old.spaces.Box(0, 1, (1,)), old.spaces.Box(-1, 1, (2,))
+
+        def seed(self, seed=None):
+            self.rng = np.random.RandomState(seed)
+
+        def reset(self):
+            return self.rng.rand(1).astype(np.float32)
+
+        def step(self, action):
+            return self.reset(), 1.0, False, {}
+
+    if "Old-v0" not in old.envs.registry:
+        old.register("Old-v0", Old, max_episode_steps=2)
+    env = interface(script, "old_gym/Old-v0", env_kwargs='{"apply_api_compatibility": true}')
+    start = env.reset(1)
+    ends = [env.step(np.zeros(3, np.float32))[2:4] for _ in range(2)]
+    assert ends == [(False, False), (False, True)]
+    np.testing.assert_array_equal(env.reset(1), start)
+
+
+# --- the suite, and Gymnasium's own ---------------------------------------------------------------
+
+
+@on_dmc
+@pytest.mark.parametrize("task", SUITE_TASKS)
+def test_every_task_of_the_suite(script, task):
+    """Finite observations; actions of -1 and 1 are each dimension's bounds, or -1 and 1."""
+    env = interface(script, task)
+    spec, sent = env.unwrapped._env.action_spec(), []
+    step = env.unwrapped._env.step
+    env.unwrapped._env.step = lambda action: sent.append(np.array(action)) or step(action)
+    assert np.isfinite(env.reset(0, 0)).all()
+    for sign in (-1, 1, 0.3):
+        obs, reward, *ends, _ = env.step(np.full(spec.shape, sign, np.float32))
+        assert np.isfinite([*obs, reward]).all() and obs.shape == (env.obs_dim,)
+        assert ends == [False, False]
+    for x, sign, bound in zip(sent, (-1, 1), (spec.minimum, spec.maximum)):
+        np.testing.assert_allclose(x, np.where(np.abs(bound) < 1e10, bound, sign))
+
+
+QUICK = {"cartpole-swingup", "quadruped-walk", "humanoid-walk", "Hopper-v5", "Pendulum-v1"}
+GYM_IDS = [
+    env_id
+    for env_id, spec in gym.registry.items()
+    if str(spec.entry_point).startswith("gymnasium.envs.mujoco") and env_id.endswith("-v5")
+] + ["Pendulum-v1", "MountainCarContinuous-v0"]
+
+
+def mark_slow(env_ids: list[str]) -> list:
+    return [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in env_ids]
+
+
+def check_repeats(script, env_id: str):
+    """To the last bit, in another environment, after another episode and in the midst of one."""
+    env, again, rng = interface(script, env_id), interface(script, env_id), np.random
+    actions = rng.default_rng(0).uniform(-1, 1, (2, 20, env.low.size)).astype(np.float32)
+    env.reset(0, 0)
+    for action in actions[0]:
+        env.step(action)
+    np.testing.assert_array_equal(env.reset(0, 1), again.reset(0, 1))
+    for action in actions[1]:
+        for x, y in zip(env.step(action)[:4], again.step(action)[:4], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@on_dmc
+@pytest.mark.parametrize("task", mark_slow(SUITE_TASKS))
+def test_the_suite_repeats_its_episodes(script, task):
+    check_repeats(script, task)
+
+
+@on_gym
+@pytest.mark.parametrize("env_id", mark_slow(GYM_IDS))
+def test_gymnasium_repeats_its_episodes(script, env_id):
+    check_repeats(script, env_id)
+
+
+@on_dmc
 def test_the_time_limit_of_the_suite_truncates(script):
-    envs = script.Environments(small_args(script, env_id="cartpole-swingup"), [0])
-    envs.reset_all()
-    ends = [envs.step(np.zeros((1, 1), np.float32))[2:] for _ in range(1000)]
-    assert_equal(np.flatnonzero([terminated[0] for terminated, _ in ends]), np.array([], int))
-    assert_equal(np.flatnonzero([truncated[0] for _, truncated in ends]), np.array([999]))
+    env = interface(script, "cartpole-swingup")
+    env.reset(0)
+    ends = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(1000)]
+    assert ends == [(False, False)] * 999 + [(False, True)]
 
 
-@pytest.mark.backends("dmc")
-def test_the_discount_0_of_the_suite_terminates(script):
-    envs = script.Environments(small_args(script, env_id="lqr-lqr_2_1"), [0])
-    envs.reset_all()
-    physics = envs.envs[0].physics
+@on_dmc
+def test_lqr_is_the_plant_of_the_run(script):
+    """In training, evaluation and when continued: it is drawn from the run's seed alone."""
+
+    def stiffness(seed: int) -> list:
+        env = interface(script, "lqr-lqr_2_1", seed=seed)
+        env.reset(seed, 0, 0)
+        return env.unwrapped._env.physics.model.jnt_stiffness.tolist()
+
+    assert stiffness(3) == stiffness(3) != stiffness(4)
+    check_repeats(script, "lqr-lqr_2_1")
+
+
+@on_dmc
+def test_discount_0_of_the_suite_terminates(script):
+    env = interface(script, "lqr-lqr_2_1")
+    env.reset(0)
+    physics = env.unwrapped._env.physics
     with physics.reset_context():  # at rest, where lqr ends its episodes
         physics.data.qpos[:] = physics.data.qvel[:] = 0
-    _, _, terminated, truncated = envs.step(np.zeros((1, envs.action_dim), np.float32))
-    assert terminated[0] and not truncated[0]
+    assert env.step(np.zeros(env.low.size, np.float32))[2:4] == (True, False)
 
 
-@pytest.mark.backends("gym")
-@pytest.mark.parametrize("length, terminates", [(3, True), (5, True), (9, False)])
-def test_a_termination_in_the_last_allowed_step_terminates(script, monkeypatch, length, terminates):
-    limited = gym.wrappers.TimeLimit(GymProbe(Probe(LOW, HIGH, ((length, "terminated"),))), 5)
-    monkeypatch.setattr(script, "make_env", lambda args, seed, video_dir: limited)
-    envs = script.Environments(small_args(script), [0])
-    envs.reset_all()
-    for _ in range(min(length, 5)):
-        _, _, terminated, truncated = envs.step(np.zeros((1, 3), np.float32))
-    assert (terminated[0], truncated[0]) == (terminates, not terminates)
+# --- video ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.backends("gym")
-def test_gymnasium_receives_actions_between_its_own_bounds(script):
-    envs = script.Environments(small_args(script, env_id="Humanoid-v5"), [0])
-    received = []
-    inner = envs.envs[0].unwrapped
-    step, inner.step = inner.step, lambda action: received.append(action) or step(action)
-    envs.reset_all()
-    for end in (-1, 1):
-        envs.step(np.full((1, envs.action_dim), end, np.float32))
-    np.testing.assert_allclose(received, [[-0.4] * 17, [0.4] * 17], rtol=1e-6)
+class Filmed(Toy):
+    """A Toy that draws how long its episode has lasted."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None, **kwargs):
+        super().__init__(**kwargs)
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), 20 * self.time, np.uint8)
 
 
-# --- what main stores -----------------------------------------------------------------------------
+def frames(file: Path) -> np.ndarray:
+    """The mean brightness of every frame of a film."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    reader = imageio_ffmpeg.read_frames(file)
+    next(reader)
+    return np.array([np.frombuffer(frame, np.uint8).mean() for frame in reader])
 
 
-class Recording(NamedTuple):
-    """A run of `main` on probes, two seeds, with networks that never change."""
-
-    args: Any
-    obs: np.ndarray  # [T, S, O]
-    action: np.ndarray  # [T, S, A]
-    reward: np.ndarray  # [T, S]
-    discount: np.ndarray  # [T, S]
-    ended: np.ndarray  # [T, S]
-    next_obs: np.ndarray  # [T, S, O]
-    executed: np.ndarray  # [T, S, A] native actions
-
-
-@cache
-def recording(script, scale: float = 1.0) -> Recording:
-    """What a run stores and executes, with bounds `scale` times as wide."""
-    flags = dict(num_seeds=2, total_timesteps=60, eval_episodes=1, normalize_obs=False)
-    low, high = scale * LOW, scale * HIGH
-    rows, probes, insert = [], [], script.insert
-
-    def make_env(args, seed, video_dir):
-        probes.append(Probe(low, high, ENDINGS))
-        return {"dmc": DmcProbe, "gym": GymProbe}[script.backend](probes[-1])
-
-    def spy(buffer, moments, row):
-        rows.append(np.array(row))
-        return insert(buffer, moments, row)
-
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(script, "make_env", make_env)
-        patch.setattr(script, "insert", spy)
-        flags["run_dir"] = str(Path(folder) / "run")
-        args = small_args(script, **flags, **step_sizes(script, **FROZEN))
-        script.main(args)
-    fields = np.split(np.array(rows), np.cumsum([5, 3, 1, 1, 1]), axis=2)
-    fields = [x[..., 0] if x.shape[2] == 1 else x for x in fields]
-    return Recording(args, *fields, np.stack([probe.actions for probe in probes[:2]], axis=1))
+@on_gym
+def test_the_first_episode_is_filmed(script, toys, tmp_path):
+    toys(Filmed, length=6)
+    env = script.Interface(small_args(script, env_id="Toy-v0"), tmp_path / "videos/1000")
+    for k in range(2):
+        env.reset(k)
+        while not env.step(np.zeros(3, np.float32))[3]:
+            pass
+    env.close()
+    (film,) = (tmp_path / "videos").rglob("*1000*/*")
+    np.testing.assert_allclose(frames(film), 20 * np.arange(7), atol=4)
 
 
-def ends(run: Recording, kind: str) -> np.ndarray:
-    """Where [T, S] episodes ended with this kind, by the episode and time in the observation."""
-    kinds = np.array([[number, length] for number, (length, k) in enumerate(ENDINGS) if kind in k])
-    place = np.stack([run.next_obs[..., 0] % len(ENDINGS), run.next_obs[..., 1]], axis=-1)
-    return (place[..., None, :] == kinds).all(axis=-1).any(axis=-1)
+@on_gym
+def test_what_cannot_be_rendered_is_not_filmed(script, toys, tmp_path, capsys):
+    """Toy's constructor knows no render_mode."""
+    toys()
+    env = script.Interface(small_args(script, env_id="Toy-v0"), tmp_path / "videos/1000")
+    message = capsys.readouterr().err
+    assert message.startswith("--capture-video is off") and message.count("\n") == 1
+    assert env.reset(0).shape == (5,) and not list(tmp_path.rglob("*.mp4"))
 
 
-def test_the_stored_action_is_the_executed_one(script):
-    run = recording(script)
-    np.testing.assert_allclose(run.executed, native(run.action, LOW, HIGH), rtol=1e-6, atol=1e-7)
+@on_dmc
+@pytest.mark.slow
+def test_film_of_the_suite(script, tmp_path):
+    """In a process of its own: dm_control chooses its renderer when it is imported."""
+    code = f"""
+import sys, pathlib, numpy as np
+sys.path.insert(0, {str(Path(script.__file__).parent)!r})
+import {script.__name__} as script
+args = script.Args(capture_video=True, env_kwargs='{{"task_kwargs": {{"time_limit": 0.2}}}}')
+env = script.Interface(args, pathlib.Path("videos/1"))
+env.reset(0)
+while not env.step(np.zeros(1, np.float32))[3]:
+    pass
+env.close()
+"""
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    if "rendering fails" in child.stderr:
+        pytest.skip(child.stderr.splitlines()[0])
+    (film,) = (tmp_path / "videos").rglob("*.mp4")
+    assert len(frames(film)) == 21
 
 
-def test_the_stored_discount_is_0_at_terminations_only(script):
-    run = recording(script)
-    assert ends(run, "terminated").any() and ends(run, "truncated").any()
-    assert_equal(run.discount == 0, ends(run, "terminated"))
-    assert_equal(run.discount == 1, ~ends(run, "terminated"))
-
-
-def test_the_end_of_an_episode_is_stored_however_it_ended(script):
-    run = recording(script)
-    assert_equal(run.ended == 1, ends(run, "terminated") | ends(run, "truncated"))
-
-
-def test_stored_transitions_lead_to_each_other_but_not_across_episodes(script):
-    run = recording(script)
-    assert_equal(run.next_obs[..., 0], run.obs[..., 0])  # the same episode
-    assert_equal(run.next_obs[..., 1], run.obs[..., 1] + 1)
-    ended = (ends(run, "terminated") | ends(run, "truncated"))[:-1]
-    assert_equal(run.obs[1:][~ended], run.next_obs[:-1][~ended])
-    assert not run.obs[1:][ended][:, 1:].any()  # a new episode begins at time 0
-    np.testing.assert_allclose(run.reward, run.next_obs[..., 2:].sum(axis=-1), atol=1e-5)
-
-
-def test_actions_before_learning_are_uniform_and_differ_between_seeds(script):
-    warm_up = recording(script).action[:20]
-    np.testing.assert_allclose(warm_up.std(), 1 / np.sqrt(3), rtol=0.15)
-    assert np.abs(warm_up).max() <= 1
-    assert (warm_up[:, 0] != warm_up[:, 1]).all()
-
-
-def test_training_explores(script):
-    run = recording(script)
-    state = script.init(np.arange(2), 5, 3, run.args)  # as at the end: Adam's steps were 1e-30
-    obs, action = run.obs[20:].swapaxes(0, 1), run.action[20:].swapaxes(0, 1)
-    greedy = np.asarray(script.act(state, obs, run.args))
-    free = np.abs(greedy) < 0.9  # elsewhere the squashing or the clipping hides the noise
-    assert free.sum() > 30
-    assert np.abs(action - greedy)[free].mean() > 0.05
-
-
-def test_wider_bounds_change_nothing_that_is_learned_from(script):
-    narrow, wide = recording(script), recording(script, scale=2.0)
-    np.testing.assert_allclose(wide.executed, 2 * narrow.executed, rtol=1e-6)
-    for name in ("obs", "action", "reward", "discount", "ended", "next_obs"):
-        np.testing.assert_allclose(getattr(wide, name), getattr(narrow, name), atol=1e-5)
-
-
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-def test_an_evaluation_is_whole_greedy_episodes_and_changes_nothing(script, use_probes):
-    probes = use_probes(LOW, HIGH, ENDINGS)
-    args = linear_args(script, num_seeds=2, eval_episodes=2)
-    state = script.init(np.arange(2), 5, 3, args)
-    before = jax.tree.map(np.array, without_key(state))
-    envs = script.Environments(args, range(4))
-    for episode, (length, _) in enumerate(ENDINGS):
-        returns, lengths = script.evaluate(state, envs, args)
-        assert_equal(lengths, np.full((2, 2), length))
-        for i, probe in enumerate(probes):
-            actions = np.array(probe.actions[-length:])
-            positions = np.cumsum((actions - LOW) / (HIGH - LOW) - 0.5, axis=0)
-            np.testing.assert_allclose(returns.flat[i], positions.sum(), rtol=1e-4, atol=1e-4)
-            start = np.zeros((2, 1, 5), np.float32)
-            start[:, :, 0] = episode
-            greedy = np.asarray(script.act(state, start, args))[i // 2, 0]
-            np.testing.assert_allclose(actions[0], native(greedy, LOW, HIGH), atol=1e-6)
-    assert_equal(without_key(state), before)
-
-
-def test_an_evaluation_without_time_limit_ends_at_its_flag(script, use_probes):
-    use_probes(LOW, HIGH, ((1000, "truncated"),))
-    args = linear_args(script, num_seeds=1, eval_episodes=2, eval_max_steps=6)
-    state = script.init(np.arange(1), 5, 3, args)
-    _, lengths = script.evaluate(state, script.Environments(args, range(2)), args)
-    assert_equal(lengths, np.full((1, 2), 6))
-
-
-# --- flags ----------------------------------------------------------------------------------------
-
-
-def test_every_number_given_as_a_flag_arrives_as_a_number(script):
-    numbers = {k: v for k, v in vars(script.Args()).items() if type(v) in (int, float)}
-    given = {name: "0.25" if isinstance(value, float) else "1e3" for name, value in numbers.items()}
-    command = [x for name in given for x in (f"--{name.replace('_', '-')}", given[name])]
-    parsed = script.tyro.cli(script.Args, args=command)
-    assert {k: getattr(parsed, k) for k in given} == {k: float(v) for k, v in given.items()}
-    assert {k: type(getattr(parsed, k)) for k in given} == {k: type(numbers[k]) for k in given}
+def test_probes_are_checked_too(script, use_probes):
+    """The environments of other tests go through the same interface."""
+    use_probes(LOW, HIGH)
+    assert isinstance(script.Interface(small_args(script)).unwrapped, ProbeEnv)

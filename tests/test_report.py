@@ -1,7 +1,8 @@
-"""The report: tables that come out byte for byte, statistics against rliable and by hand."""
+"""The report: what its tables say of runs made here, statistics against rliable and by hand."""
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,58 +13,125 @@ from conftest import REPOSITORY
 
 missing = [x for x in ("rliable", "matplotlib", "pandas") if not importlib.util.find_spec(x)]
 if missing:
-    pytest.skip(f"the report needs {', '.join(missing)}", allow_module_level=True)
+    pytest.skip(f"the tests of the report need {', '.join(missing)}", allow_module_level=True)
 sys.path.append(str(REPOSITORY / "benchmark"))
 import pandas as pd  # noqa: E402
 import report  # noqa: E402
-from rliable import metrics  # noqa: E402
+from rliable import library, metrics  # noqa: E402
 
-DATA = REPOSITORY / "tests" / "data" / "report"
 RESULTS = REPOSITORY / "benchmark" / "results"
+PUBLISHED = """env_id,algorithm,series,step,return,seeds,method,source
+cartpole-swingup,SAC,best,50,700,1,wide,somebody's file
+cartpole-swingup,any,any,100,880,,any,another file
+Hopper,TD3,best,120,3500,,v4,a table
+"""
 
 
-def args(out_dir: Path, *results: Path, **changes) -> report.Args:
-    few = {"steps": (20, 50, 100), "reps": 200, "published": DATA / "published.csv"}
-    return report.Args(results, out_dir=out_dir, **(few | changes))
+def run(folder: Path, agent: str, env_id: str, seed: int, returns: dict, old=None, **flags) -> Path:
+    """A run directory; `returns` are means of two episodes by step, `old` adds to its config."""
+    directory = folder / f"{agent}__{env_id.replace('/', '_')}__{seed}"
+    directory.mkdir(parents=True)
+    flags = {"exp_name": agent, "env_id": env_id, "seed": seed, "eval_episodes": 2} | flags
+    config = {"args": flags, **(old or {"history": {}})}
+    (directory / "config.json").write_text(json.dumps(config))
+    lines = [f"{s},{seed},{k},{x - 1 + 2 * k},9\n" for s, x in returns.items() for k in (0, 1)]
+    (directory / "eval.csv").write_text(",".join(report.EPISODES) + "\n" + "".join(lines))
+    return directory
 
 
-def copy_of_data(tmp_path: Path) -> Path:
-    return shutil.copytree(DATA / "curves", tmp_path / "curves")
+def make(tmp_path: Path, *results: Path, **changes) -> str:
+    """The text of report.md."""
+    (tmp_path / "published.csv").write_text(PUBLISHED)
+    options = {"out_dir": tmp_path / "out", "published": tmp_path / "published.csv"}
+    report.main(report.Args(results, **options | {"steps": (50, 100)} | changes))
+    return (options | changes)["out_dir"].joinpath("report.md").read_text()
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Tables alone take a tenth of the time."""
+    for name in ("draw_curves", "draw_profile"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+
+
+@pytest.fixture
+def curves(tmp_path):
+    """Five seeds, one of them still running; two seeds; a seed of the first scripts."""
+    folder = tmp_path / "curves"
+    for seed in range(5):
+        returns = {25: 100, 50: 700 + seed, 75: 500, 100: 810 + 10 * seed}
+        returns = {s: x for s, x in returns.items() if s < 100 or seed < 4}
+        run(folder, "sac_dmc", "cartpole-swingup", seed, returns, n_step=1 if seed else 3)
+    for seed in range(2):
+        run(folder, "td3_gym", "Hopper-v5", seed, {50: 1000, 100: 3000 + 100 * seed})
+    old = {"commit": "0123456789abcdef", "device": "cpu", "machine": "Linux"}
+    run(folder, "mpo_dmc", "dm_control/cheetah-run-v0", 0, {50: 10, 100: 99.5}, old)
+    (folder / "runs.csv").write_text(
+        "run,commit,machine\nsac_dmc__cartpole-swingup__0,abcdefabcdefabcd-dirty,a CPU\n"
+        "sac_dmc__cartpole-swingup__1,abcdefabcdefabcd,a CPU\n"
+    )
+    (folder / "wall.csv").write_text(  # the second attempt began at a checkpoint before 50
+        "run,global_step,seconds\ntd3_gym__Hopper-v5__0,50,600\ntd3_gym__Hopper-v5__0,100,60\n"
+    )
+    return folder
 
 
 # --- whole reports --------------------------------------------------------------------------------
 
 
-def test_tables_byte_for_byte(tmp_path):
-    """Two seeds in a file, one compressed, one still running, one alone: as committed.
+def test_tables(tmp_path, curves, no_figures, capsys):
+    """What is known of each seed, where it comes from, and whom it is beside."""
+    text = make(tmp_path, curves)
+    for line in (
+        "| SAC | 5 | 702 [701, 704] | 825 [810, 840] (4 of 5) | 100 [100, 100] (4 of 5) | - |",
+        "| TD3 | 2 | 1000 [1000, 1000] | 3050 [3000, 3100] | 100 [100, 100] | 11 (1 of 2) |",
+        "| MPO | 1 | 10 | 99.5 | 100 | - |",
+        "702 [701, 704] | 702 [701, 703] | 700 (1 seed) [1] | - | - |",
+        "3500 (at 120) [3] | - | - |",
+        "- [1] somebody's file: wide",
+        "| cartpole-swingup | SAC | 0, 1, 2, 3, 4 | ?, abcdefabcd, abcdefabcd-dirty | ?, a CPU |",
+        "| cheetah-run | MPO | 0 | 0123456789 | cpu |",
+        "- The seeds of SAC on cartpole-swingup differ in n_step: 1, 3",
+    ):
+        assert line in text, line
 
-    If a change of the report is meant: python benchmark/report.py tests/data/report/curves
-    --out-dir tests/data/report --published tests/data/report/published.csv --steps 20 50 100
-    --reps 200 --no-figures
-    """
-    for attempt in ("a", "b"):
-        report.main(args(tmp_path / attempt, DATA / "curves"))
-        for name in ("report.md", "report.csv"):
-            assert (tmp_path / attempt / name).read_bytes() == (DATA / name).read_bytes()
-    for name in ("curves.svg", "comparison.svg"):
-        first, second = (tmp_path / x / "figures" / name for x in "ab")
-        assert first.read_bytes() == second.read_bytes()
-        assert first.with_suffix(".png").stat().st_size > 10_000
+
+def test_same_files_again(tmp_path, curves):
+    """Byte for byte, whatever the order in which runs are given."""
+    make(tmp_path, curves)
+    made = [tmp_path / "out" / x for x in ("report.md", "figures/curves.png")]
+    before = [path.read_bytes() for path in made]
+    make(tmp_path, *sorted(curves.glob("*__*"), reverse=True))
+    assert [path.read_bytes() for path in made] == before
+    assert made[1].stat().st_size > 10_000
 
 
-@pytest.mark.skipif(not (RESULTS / "report.md").exists(), reason="no committed report yet")
-def test_committed_report(tmp_path):
+def test_committed_report(tmp_path, no_figures):
     """The default command makes the tables in benchmark/results again."""
-    report.main(report.Args(out_dir=tmp_path, figures=False))
-    for name in ("report.md", "report.csv"):
-        assert (tmp_path / name).read_bytes() == (RESULTS / name).read_bytes()
+    report.main(report.Args(out_dir=tmp_path))
+    assert (tmp_path / "report.md").read_bytes() == (RESULTS / "report.md").read_bytes()
 
 
-def test_order_of_runs_does_not_matter(tmp_path):
-    """Runs given one by one, the last first."""
-    runs = sorted((DATA / "curves").iterdir(), reverse=True)
-    report.main(args(tmp_path, *runs, figures=False))
-    assert (tmp_path / "report.csv").read_bytes() == (DATA / "report.csv").read_bytes()
+def test_table_of_a_study(tmp_path, curves, no_figures):
+    """One file says as much as the runs did, but for their flags."""
+    table = tmp_path / "studies" / "x.csv"
+    make(tmp_path, curves, out_dir=tmp_path / "a")
+    report.main(report.Args((curves,), table=table))
+    text = make(tmp_path, table, out_dir=tmp_path / "b")
+    whole = (tmp_path / "a" / "report.md").read_text()
+    assert text == re.sub(r"\n- The seeds of .*\n$", "", whole)
+
+
+def test_negative_returns(tmp_path, monkeypatch):
+    """Such a task has no scale: it is left out of the profile, which says so."""
+    drawn = {}
+    monkeypatch.setattr(report, "draw_profile", lambda tasks, scale, args: drawn.update(scale))
+    for agent, final in (("sac_gym", -100), ("td3_gym", -900)):
+        run(tmp_path / "runs", agent, "Pendulum-v1", 0, {50: -1500, 100: final})
+        run(tmp_path / "runs", agent, "Hopper-v5", 0, {50: 1000, 100: 2000})
+    text = make(tmp_path, tmp_path / "runs")
+    assert "Left out, as their returns are negative:\nPendulum-v1." in text
+    assert drawn == {"Hopper-v5": 3500}
 
 
 def test_published_numbers_are_numbers_of_known_kinds():
@@ -76,49 +144,77 @@ def test_published_numbers_are_numbers_of_known_kinds():
     assert not published.duplicated(key).any()
 
 
+# --- variants and bad files -----------------------------------------------------------------------
+
+
+def test_variants(tmp_path, no_figures, capsys):
+    """A copied script is another algorithm; runs of one are told apart by their flags."""
+    for agent in ("sac_dmc", "sac3_dmc", "sac_dmc_wide"):
+        run(tmp_path / "a", agent, "walker-walk", 0, {50: 9, 100: 500}, n_step=1)
+    run(tmp_path / "b", "sac_dmc", "walker-walk", 0, {50: 9, 100: 600}, n_step=3)
+    text = make(tmp_path, tmp_path / "a")
+    assert re.findall(r"^\| (\w+) \| 1 \|", text, re.M) == ["SAC", "SAC3", "sac_dmc_wide"]
+    with pytest.raises(SystemExit, match="2"):
+        make(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert "tell variants apart with --by" in capsys.readouterr().err
+    text = make(tmp_path, tmp_path / "a", tmp_path / "b", by=("n_step",))
+    assert "| SAC, n_step 1 | 1 | 9 | 500 |" in text and "| SAC, n_step 3 | 1 | 9 | 600 |" in text
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("config.json", None, "config.json is not what is needed"),
+        ("config.json", "{", "config.json is not what is needed"),
+        ("eval.csv", "step,return\n1,2\n", "does not have the columns"),
+        ("eval.csv", "", "cannot be read"),
+        ("eval.csv", ",".join(report.EPISODES) + "\n1,0,0,x,1\n", "cannot be read"),
+        ("eval.csv", ",".join(report.EPISODES) + "\n9,0,0,1,1\n", "No run has a complete"),
+    ],
+)
+def test_bad_files(tmp_path, capsys, name, text, message):
+    """A sentence that names the file, and exit code 2; half an evaluation is none."""
+    file = run(tmp_path / "runs", "sac_dmc", "x", 0, {100: 500}) / name
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        make(tmp_path, tmp_path / "runs")
+    assert message in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(SystemExit, match="2"):
+        make(tmp_path, tmp_path / "runs")
+    assert "There is no eval.csv below" in capsys.readouterr().err
+
+
 # --- statistics -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_center_is_rliables(tmp_path, n):
-    scores = np.random.default_rng(n).normal(size=(n, 3))
-    for name, function in (("iqm", metrics.aggregate_iqm), ("mean", metrics.aggregate_mean)):
-        ours = report.center(scores, args(tmp_path, center=name))
-        np.testing.assert_allclose(ours, [function(x[:, None]).item() for x in scores.T])
-
-
-def test_improvement_is_rliables():
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 4, (5, 2)), rng.integers(0, 4, (3, 2))  # ties, and other numbers of runs
-    ours = report.improvement(x[:, :1], y[:, :1], x[:, 1:], y[:, 1:])
-    np.testing.assert_allclose(ours, metrics.probability_of_improvement(x, y))
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_iqm_is_rliables(n):
+    scores = np.random.default_rng(n).normal(size=(3, n))
+    expected = [metrics.aggregate_iqm(x[:, None]).item() for x in scores]
+    np.testing.assert_allclose(report.iqm(scores), expected)
 
 
 def test_profile():
     """Tasks count alike, whatever their numbers of runs."""
     shares = report.profile(
-        np.array([[0.2], [0.6]]), np.array([[0.9]]), thresholds=np.array([0.1, 0.5, 0.8, 1])
+        np.array([0.2, 0.6]), np.array([0.9]), thresholds=np.array([0.1, 0.5, 0.8, 1])
     )
     np.testing.assert_allclose(shares, [1, 0.75, 0.5, 0])
 
 
-def test_interval(tmp_path):
-    """None for one seed, the range for two, and about the textbook's for many."""
-    for scores, interval in (([[3.0]], [np.nan] * 2), ([[3.0], [7.0]], [3, 7])):
-        value, *ends = report.over_seeds(np.array(scores), args(tmp_path))[:, 0]
+def test_intervals():
+    """None for one seed, the range for two and three, about rliable's for more."""
+    for scores, ends in (([3.0], [np.nan] * 2), ([7.0, 3.0], [3, 7]), ([1.0, 2.0, 9.0], [1, 9])):
+        value, *found = report.estimate([np.array(scores)], report.iqm)
         assert value == np.mean(scores)
-        np.testing.assert_array_equal(ends, interval)
-    scores = np.random.default_rng(0).normal(size=(100, 1))
-    mean, low, high = report.over_seeds(scores, args(tmp_path, center="mean", reps=2000))[:, 0]
-    half = 1.96 * scores.std() / 10
-    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.03)
-
-
-def test_missing_seeds(tmp_path):
-    """Each column has the seeds that came so far."""
-    scores = np.array([[1.0, 10.0], [2.0, np.nan], [3.0, 30.0]])
-    value, low, high = report.over_seeds(scores, args(tmp_path, center="mean"))
-    assert value.tolist() == [2, 20] and low[1] == 10 and high[1] == 30
+        np.testing.assert_array_equal(found, ends)
+    scores = np.random.default_rng(0).normal(size=100)
+    _, *found = report.estimate([scores], report.mean)
+    _, ends = library.get_interval_estimates(
+        {"": scores[:, None]}, lambda x: np.array([x.mean()]), reps=2000
+    )
+    np.testing.assert_allclose(found, ends[""].ravel(), atol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -126,94 +222,3 @@ def test_missing_seeds(tmp_path):
 )
 def test_steps_to_ninety_percent(returns, step):
     assert report.reaches(pd.Series(returns, index=[10, 20, 30, 40, 50])) == step
-
-
-def test_area():
-    """The mean height of a curve, also where evaluations lie unevenly."""
-    assert report.area(pd.Series([0.0, 10.0, 10.0], index=[0, 10, 40])) == (50 + 300) / 40
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def test_minutes_without_pauses(tmp_path):
-    """Two TensorBoard files of a run that was resumed an hour later at an earlier step."""
-    from tensorboardX import SummaryWriter
-
-    for start, steps in ((1_000_000.0, (10, 20, 30)), (1_003_600.0, (20, 30, 40))):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("time.time", lambda: start)  # noqa: B023
-            writer = SummaryWriter(str(tmp_path), filename_suffix=str(start))
-            for i, step in enumerate(steps):
-                writer.add_scalar("losses/qf_loss", 1.0, step - 5, walltime=start + 60 * i + 30)
-                writer.add_scalar("eval/episodic_return", 1.0, step, walltime=start + 60 * (i + 1))
-            writer.close()
-    (tmp_path / "events.out.tfevents.9").write_bytes(b"\x09" + bytes(20))  # cut off
-    expected = {10: 1, 20: 2, 30: 3, 40: 4}  # the second began at 10
-    assert report.read_minutes(tmp_path).to_dict() == expected
-    for file in tmp_path.glob("events*"):
-        file.unlink()
-    assert report.read_minutes(tmp_path).to_dict() == expected  # from wall.csv
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"sac_dmc__cartpole-swingup__0/config.json": None}, "config.json is needed"),
-        ({"sac_dmc__cartpole-swingup__0/config.json": "{"}, "config.json is needed"),
-        ({"sac_dmc__cartpole-swingup__0/eval.csv": "step,return\n1,2\n"}, "the columns"),
-        ({"sac_dmc__cartpole-swingup__0/eval.csv": ""}, "cannot be read"),
-        ({"sac_dmc__cartpole-swingup__0/eval.csv": ",".join(report.COLUMNS) + "\n1,0,0,x,1\n"},
-         "cannot be read"),
-    ],
-)  # fmt: skip
-def test_bad_files(tmp_path, capsys, changes, message):
-    """A sentence that names the file, and exit code 2."""
-    curves = copy_of_data(tmp_path)
-    for name, text in changes.items():
-        (curves / name).unlink() if text is None else (curves / name).write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        report.main(args(tmp_path / "out", curves, figures=False))
-    error = capsys.readouterr().err
-    assert message in error and str(curves / next(iter(changes)).split("/")[0]) in error
-
-
-def test_bad_results(tmp_path, capsys):
-    """No such folder, none with runs, and a seed that is there twice."""
-    (tmp_path / "empty").mkdir()
-    for folder, message in (("nowhere", "not a directory"), ("empty", "no eval.csv below")):
-        with pytest.raises(SystemExit, match="2"):
-            report.main(args(tmp_path, tmp_path / folder))
-        assert message in capsys.readouterr().err
-    curves = copy_of_data(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        report.main(args(tmp_path, curves, DATA / "curves"))
-    assert "tell variants apart with --by" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        report.main(args(tmp_path, curves, by=("n_stepp",)))
-    assert "--by n_stepp is not in config.json" in capsys.readouterr().err
-
-
-def test_what_does_not_count(tmp_path):
-    """Runs that the sweep set aside, and runs without an evaluation yet."""
-    curves = copy_of_data(tmp_path)
-    shutil.copytree(DATA / "curves", curves / "set_aside")
-    new = shutil.copytree(curves / "sac_dmc__cartpole-swingup__0", curves / "sac_dmc__x__9")
-    config = json.loads((new / "config.json").read_text())
-    config["args"]["env_id"] = "dm_control/x-v0"
-    (new / "config.json").write_text(json.dumps(config))
-    (new / "eval.csv").write_text(",".join(report.COLUMNS) + "\n")
-    report.main(args(tmp_path / "out", curves, figures=False))
-    assert (tmp_path / "out" / "report.csv").read_bytes() == (DATA / "report.csv").read_bytes()
-
-
-def test_names():
-    """Scripts by their algorithm, variants by their experiment; the suite by its short ids."""
-    names = {("sac_dmc", "dm_control/walker-walk-v0"): ("walker-walk", "SAC")}
-    names |= {("td3_gym", "Hopper-v5"): ("Hopper-v5", "TD3")}
-    names |= {("sac_dmc_n3", "walker-walk"): ("walker-walk", "sac_dmc_n3")}
-    for (exp_name, env_id), expected in names.items():
-        config = {"exp_name": exp_name, "env_id": env_id, "n_step": 3, "gamma": 0.9}
-        assert report.name_of(config, by=()) == expected
-        variant = (expected[0], f"{expected[1]}, n_step 3, gamma 0.9")
-        assert report.name_of(config, by=("n_step", "gamma")) == variant

@@ -1,284 +1,281 @@
-"""A run that is stopped in any way goes on as if nothing had happened, to the last bit."""
+"""A run that is stopped in any way goes on as if nothing had happened, to the last bit.
+
+The scripts share the text of all this; test_scripts.py kills real processes of each algorithm.
+"""
 
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import gymnasium as gym
-import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, small_args
-from dm_control import suite
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import running
+from conftest import Toy, small_args
+from running import Killed, assert_same_run, newest, parse, saved, scalars
 
-# Contacts, early terminations and physics whose derived quantities lag behind; seeds and task.
-HARD = {
-    "dmc": [("humanoid-walk", 1), ("quadruped-walk", 2)],
-    "gym": [("Hopper-v5", 2), ("Humanoid-v5", 1)],
-}
-EASY = {"dmc": "cartpole-swingup", "gym": "Pendulum-v1"}
-SUITE_TASKS = [f"{domain}-{task}" for domain, task in suite.ALL_TASKS]
-GYM_IDS = [
-    env_id
-    for env_id, spec in gym.registry.items()
-    if str(spec.entry_point).startswith("gymnasium.envs.mujoco") and env_id.endswith("-v5")
-]
+pytestmark = [pytest.mark.algorithms("td3"), pytest.mark.backends("gym")]
+
+RUN = Path("a run's directory")  # printed commands have to quote it
+# Checkpoints at 80, 160, 240 and 300, none of them at the end of an episode.
+FLAGS = dict(
+    env_id="Toy-v0", run_dir=str(RUN), total_timesteps=300, learning_starts=60, n_step=3,
+    layer_norm=False, eval_frequency=100, checkpoint_frequency=80, log_frequency=20,
+)  # fmt: skip
+IDLE = FLAGS | dict(learning_starts=1000)  # without learning, where that does not matter
 
 
 @pytest.fixture(autouse=True)
-def without_key_checks():
-    """Thousands of steps take twice the time with them; test_runs.py has them on."""
-    jax.config.update("jax_debug_key_reuse", False)
+def here(tmp_path, monkeypatch):
+    """Every test has an empty directory and Python's own handling of signals."""
+    monkeypatch.chdir(tmp_path)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
-    jax.config.update("jax_debug_key_reuse", True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def flags(script, run_dir: Path, **changes):
-    """3,000 steps of which the first 500 are random, with small networks."""
-    return small_args(script, **dict(
-        env_id=EASY[script.backend], run_dir=str(run_dir), total_timesteps=3000, hidden_width=16,
-        buffer_size=2000, learning_starts=500, log_frequency=300, eval_frequency=1000,
-        eval_max_steps=50, checkpoint_frequency=400,
-    ) | changes)  # fmt: skip
+@pytest.fixture
+def toy(toys) -> list[Toy]:
+    return toys(length=37)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the script sees it."""
+WHOLE: dict[str, Path] = {}
 
 
-def kill_at(script, step: int, patch):
-    """Lets the training's environments raise Killed at a step; evaluations have other ones."""
-    original, calls = script.insert, iter(range(1, step + 1))
-
-    def insert(*args):
-        if next(calls) == step:
-            raise Killed
-        return original(*args)
-
-    patch.setattr(script, "insert", insert)
-
-
-def run(script, args, killed_at: int | None = None):
-    with pytest.MonkeyPatch.context() as patch:
-        if killed_at is None:
-            return script.main(args)
-        kill_at(script, killed_at, patch)
-        with pytest.raises(Killed):
-            script.main(args)
+@pytest.fixture
+def whole(script, toy, tmp_path_factory) -> Path:
+    """The run that nothing stops."""
+    if script.__name__ not in WHOLE:
+        WHOLE[script.__name__] = tmp_path_factory.mktemp("whole") / RUN
+        begin(script)
+        shutil.move(RUN, WHOLE[script.__name__])
+    toy.clear()
+    return WHOLE[script.__name__]
 
 
-def resume(script, run_dir: Path, *more: str):
-    """`python SCRIPT --resume RUN_DIR`, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir), *more])
-        script.main(script.flags())
+@pytest.fixture
+def copy(whole) -> Path:
+    """A copy of it, here."""
+    return Path(shutil.copytree(whole, RUN))
 
 
-def newest(run_dir: Path) -> dict[str, np.ndarray]:
-    paths = sorted((run_dir / "checkpoint").glob("*.npz"), key=lambda path: int(path.stem))
-    with np.load(paths[-1]) as file:
-        return {name: file[name] for name in file.files if not name.startswith("sizes/")}
+def begin(script, killed_at: int | None = None, **flags):
+    running.run(script, small_args(script, **FLAGS | flags), killed_at)
 
 
-def scalars(run_dir: Path) -> dict[str, list]:
-    """Steps and values of every tag, but for the speed."""
-    found = {}
-    for folder in {path.parent for path in run_dir.rglob("events.*")}:
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag != "charts/SPS":
-                name = f"{folder.relative_to(run_dir)}/{tag}"
-                found[name] = [(event.step, event.value) for event in events.Scalars(tag)]
-    return found
+def go_on(script, *words: str, killed_at: int | None = None):
+    """`python SCRIPT --run-dir RUN WORDS`, in this process."""
+    running.run(script, parse(script, "--run-dir", str(RUN), *words), killed_at)
 
 
-def assert_same_run(a: Path, b: Path):
-    """Networks, moments, optimisers, keys, buffers, metrics, evaluations, TensorBoard, policy."""
-    ours, theirs = newest(a), newest(b)
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        np.testing.assert_array_equal(x, theirs[name], err_msg=name)
-    assert (a / "eval.csv").read_bytes() == (b / "eval.csv").read_bytes()
-    assert scalars(a) == scalars(b) != {}
-    with np.load(a / "policy.npz") as ours, np.load(b / "policy.npz") as theirs:
-        assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
+def ends(script, capsys, *words: str) -> tuple[int, str]:
+    """The exit code of such a command that does not succeed, and what it says."""
+    with pytest.raises(SystemExit) as end:
+        go_on(script, *words)
+    return end.value.code, capsys.readouterr().err
+
+
+def checkpoints(run_dir: Path = RUN) -> list[int]:
+    return sorted(int(path.stem) for path in (run_dir / "checkpoint").glob("*.npz"))
+
+
+def history(run_dir: Path = RUN) -> dict[str, dict]:
+    return json.loads((run_dir / "config.json").read_text())["history"]
 
 
 # --- to the last bit ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hard", [0, 1])
-def test_killed_run_goes_on_exactly(script, hard, tmp_path):
-    """Killed twice, the second time before a new checkpoint; files have what was logged once."""
-    env_id, num_seeds = HARD[script.backend][hard]
-    changes = dict(env_id=env_id, num_seeds=num_seeds)
-    run(script, flags(script, tmp_path / "whole", **changes))
-    run(script, flags(script, tmp_path / "killed", **changes), killed_at=1700)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(script, 150, patch)  # steps after the checkpoint at 1600
-        with pytest.raises(Killed):
-            resume(script, tmp_path / "killed")
-    resume(script, tmp_path / "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+@pytest.mark.parametrize("step", [81, 190, 239])
+def test_killed_run_goes_on_exactly(script, whole, step):
+    """Killed twice, the second time before a new checkpoint; logs have what was logged once."""
+    begin(script, killed_at=step)
+    go_on(script, killed_at=70)
+    assert max(checkpoints()) == step // 80 * 80 + (70 > 80)
+    go_on(script)
+    assert_same_run(whole, RUN)
+    assert checkpoints() == checkpoints(whole) == [240, 300], "the two newest"
 
 
-def test_raised_total(script, tmp_path):
-    """A run made longer is the longer run, though its buffer has to grow."""
-    changes = dict(buffer_size=5000, learning_starts=250)
-    run(script, flags(script, tmp_path / "long", total_timesteps=700, **changes))
-    run(script, flags(script, tmp_path / "short", total_timesteps=450, **changes))
-    resume(script, tmp_path / "short", "--total-timesteps", "0.7e3")
-    assert_same_run(tmp_path / "long", tmp_path / "short")
-    config = json.loads((tmp_path / "short" / "config.json").read_text())
-    assert config["args"]["total_timesteps"] == 700 and len(config["resumed"]) == 1
+def test_killed_before_its_first_checkpoint(script, whole):
+    begin(script, killed_at=50)
+    go_on(script)
+    assert_same_run(whole, RUN)
 
 
-def test_checkpoints_change_nothing(script, tmp_path):
-    """However often they are written; without any there is still a policy."""
-    run(script, flags(script, tmp_path / "often", total_timesteps=800, checkpoint_frequency=50))
-    run(script, flags(script, tmp_path / "never", total_timesteps=800, checkpoint_frequency=0))
-    assert not (tmp_path / "never" / "checkpoint").exists()
-    assert scalars(tmp_path / "often") == scalars(tmp_path / "never")
-    with np.load(tmp_path / "often/policy.npz") as a, np.load(tmp_path / "never/policy.npz") as b:
-        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+def test_going_further(script, whole):
+    begin(script, total_timesteps=150)
+    go_on(script, "--total-timesteps", "300")
+    assert_same_run(whole, RUN)
+    assert [x["total_timesteps"] for x in history().values()] == [150, 300]
+    go_on(script, "--total-timesteps", "300")  # which is nothing to do
+    assert_same_run(whole, RUN)
 
 
-def check_replay(script, env_id: str):
-    """In the middle of a second episode; where the first one ended must not matter."""
-    args, rng = small_args(script, env_id=env_id), np.random.default_rng(0)
-    envs, again = script.Environments(args, [3, 4]), script.Environments(args, [3, 4])
-    envs.reset_all()
-    actions = rng.uniform(-1, 1, (3, 15, 2, envs.action_dim)).astype(np.float32)
-    for action in actions[0]:
-        envs.step(action)
-    envs.reset(1)
-    for action in actions[1]:
-        obs, _, terminated, truncated = envs.step(action)
-        for i in np.flatnonzero(terminated | truncated):
-            obs[i] = envs.reset(i)
-    performed = [np.reshape(x, (-1, envs.action_dim)) for x in envs.actions]
-    np.testing.assert_array_equal(again.replay(envs.episodes.copy(), performed), obs)
-    for action in actions[2]:
-        for x, y in zip(envs.step(action), again.step(action)):
-            np.testing.assert_array_equal(x, y)
+def test_fine_tuning(script, copy, whole):
+    """Other step sizes hold from there on, and config.json remembers from which step."""
+    go_on(script, "--total-timesteps", "340", "--learning-rate", "1e-30")
+    args = small_args(script, **FLAGS)
+    before, after = saved(script, args, whole), saved(script, args, RUN)
+    assert int(after.state.critic.step) == int(before.state.critic.step) + 40
+    a, b = (x.state.critic.params["params"]["Dense_0"]["kernel"] for x in (before, after))
+    np.testing.assert_array_equal(a, b)
+    rates = {step: x["learning_rate"] for step, x in history().items()}
+    assert rates == {"0": args.learning_rate, "300": 1e-30}
+    assert parse(script, "--run-dir", str(RUN)).learning_rate == 1e-30
 
 
-@pytest.mark.algorithms("sac")
-@pytest.mark.backends("dmc")
-@pytest.mark.parametrize("task", SUITE_TASKS)
-def test_replay_on_the_suite(script, task):
-    check_replay(script, task)
+@pytest.mark.parametrize(
+    "words",
+    ["--env-id Hopper-v5", "--seed 3", "--action-repeat 2", "--buffer-size 3000",
+     "--hidden-width 16", "--layer-norm"],
+)  # fmt: skip
+def test_what_must_stay(script, words, copy, whole, capsys):
+    """One sentence, and the run is as it was."""
+    code, message = ends(script, capsys, *words.split())
+    assert code == 2 and message.count("\n") == 1 and str(RUN) in message
+    assert words.split()[0] in message or "sizes" in message
+    assert_same_run(whole, RUN)
+    assert not list(RUN.rglob("*.damaged"))
 
 
-@pytest.mark.algorithms("sac")
-@pytest.mark.backends("gym")
-@pytest.mark.parametrize("env_id", [*GYM_IDS, "Pendulum-v1", "MountainCarContinuous-v0"])
-def test_replay_on_gymnasium(script, env_id):
-    check_replay(script, env_id)
+def test_the_run_of_another_script(script, capsys):
+    RUN.mkdir()
+    (RUN / "config.json").write_text('{"args": {"no_such_flag": 1}, "history": {}}')
+    code, message = ends(script, capsys)
+    assert code == 2 and str(RUN) in message and message.count("\n") == 1
 
 
-class Forgetful(gym.Env):
-    """Random in a way that no seed determines."""
-
-    observation_space = gym.spaces.Box(-1, 1, (3,))
-    action_space = gym.spaces.Box(-1, 1, (1,))
-
-    def reset(self, *, seed=None, options=None):
-        return np.random.default_rng().uniform(-1, 1, 3).astype(np.float32), {}
-
-    def step(self, action):
-        return *self.reset()[:1], 0.0, False, False, {}
+# --- environments ---------------------------------------------------------------------------------
 
 
-@pytest.mark.algorithms("td3")
-@pytest.mark.backends("gym")
-def test_environment_that_does_not_repeat(script, tmp_path, monkeypatch, capsys):
+def assert_new_episode(script, flags: dict, before: int):
+    """Sums of rewards of 1 with gamma 1/2 do not join the episodes before and after a row."""
+    rows = saved(script, small_args(script, **flags), RUN).rows()
+    near = slice(before - 3, before + 3)
+    np.testing.assert_array_equal(rows.reward[near], [1.75, 1.5, 1, 1.75, 1.75, 1.75])
+    np.testing.assert_array_equal(rows.discount[near], [0.25, 0.5, 1, 0.25, 0.25, 0.25])
+    assert not np.array_equal(rows.next_obs[before - 1], rows.obs[before])
+
+
+def forget(toy, outcome):
+    """Observations that no seed determines, and rewards of 1."""
+    obs = np.random.default_rng().uniform(-1, 1, 5).astype(np.float32)
+    return (obs, *outcome[1:]) if len(outcome) == 2 else (obs, 1.0, *outcome[2:])
+
+
+def test_an_environment_that_does_not_repeat_itself(script, toys, capsys):
     """Goes on with a new episode, and says so."""
-    spec = gym.envs.registration.EnvSpec("Forgetful-v0", Forgetful, max_episode_steps=70)
-    monkeypatch.setitem(gym.registry, "Forgetful-v0", spec)
-    changes = dict(env_id="Forgetful-v0", total_timesteps=100, learning_starts=80, eval_frequency=0)
-    run(script, flags(script, tmp_path / "a", **changes))
-    resume(script, tmp_path / "a", "--total-timesteps", "200")
-    assert "Forgetful-v0 does not repeat an episode: seed 0 begins" in capsys.readouterr().out
+    toys(answer=forget, length=37)
+    flags = IDLE | dict(gamma=0.5)
+    begin(script, **flags | dict(total_timesteps=50))
+    go_on(script, "--total-timesteps", "60")
+    assert "Toy-v0 does not repeat its episode" in capsys.readouterr().err
+    assert_new_episode(script, flags, 50)
+
+
+def test_an_episode_longer_than_the_buffer(script, toys, capsys):
+    """Its first actions are lost, so it cannot be repeated."""
+    toys(answer=lambda toy, x: x if len(x) == 2 else (x[0], 1.0, *x[2:]), length=37)
+    flags = IDLE | dict(gamma=0.5, buffer_size=20)
+    begin(script, **flags | dict(total_timesteps=72))
+    go_on(script, "--total-timesteps", "80")
+    assert "a new one begins" in capsys.readouterr().err
+    assert_new_episode(script, flags, 12)  # the last 20 of 80 rows are there
+
+
+@pytest.mark.parametrize("where", ["step", "reset", "evaluation"])
+def test_an_environment_that_breaks(script, where, toys, capsys):
+    """The last whole step is saved; what fails each time it is repeated is not repeated."""
+    seeds = []
+
+    def answer(toy, outcome):
+        toy_is_for_training = toy is made[0] or toy is made[-1] and len(history()) > 1
+        if toy.seeds[-1] not in seeds:
+            seeds.append(toy.seeds[-1])
+        third = seeds[2:3] == [toy.seeds[-1]]
+        broken = {
+            "step": toy.time == 15 and third,
+            "reset": toy.time == 0 and third,
+            "evaluation": toy.time == 5 and not toy_is_for_training,
+        }
+        if broken[where]:
+            raise RuntimeError("The robot fell off the table.")
+        return outcome
+
+    made = toys(answer=answer, length=37)
+    steps = {"step": 2 * 37 + 14, "reset": 2 * 37, "evaluation": 100}[where]
+    with pytest.raises(SystemExit) as end:
+        begin(script, **IDLE | dict(total_timesteps=120, eval_frequency=100))
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and "The robot fell off the table." in message
+    assert f"--run-dir {shlex.quote(str(RUN))}" in message and "Traceback" not in message
+    assert max(checkpoints()) == steps
+    if where == "evaluation":
+        return go_on(script)
+    go_on(script, "--eval-frequency", "0")
+    args = small_args(script, **IDLE)
+    assert int(saved(script, args, RUN).buffer.count) == 120
 
 
 # --- signals --------------------------------------------------------------------------------------
 
 
-def command(script, run_dir: Path, *more: str) -> list[str]:
-    """The shell's words for a run that takes a while, with small networks."""
-    words = f"--env-id {EASY[script.backend]} --run-dir {run_dir} --learning-starts 100"
-    words += " --hidden-width 16 --batch-size 8 --eval-frequency 200 --eval-episodes 1"
-    words += " --eval-max-steps 20 --checkpoint-frequency 250 --total-timesteps 1500"
-    return [sys.executable, script.__file__, *words.split(), *more]
+def send(number: signal.Signals, step: int):
+    """An answer that sends a signal to this process in a step of training."""
+
+    def answer(toy, outcome):
+        if toy.steps == step and not toy.sent:
+            toy.sent.append(number)
+            signal.raise_signal(number)
+            toy.sent.append(signal.getsignal(number))
+        return outcome
+
+    return answer
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+class Signalling(Toy):
+    """A Toy that notes which signal it sent, and its handler afterwards."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.sent = []
 
 
-@pytest.mark.algorithms("sac")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signal(script, number, tmp_path):
-    """The run saves itself, prints the command that resumes it, and that command completes it."""
-    process = start(command(script, tmp_path / "stopped"))
-    assert process.stdout.readline().startswith("step 200:")
-    assert process.stdout.readline().startswith("step 400:")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    words = [sys.executable, script.__file__, "--resume", str(tmp_path / "stopped")]
-    if number == signal.SIGKILL:
-        assert process.returncode == -number and errors == ""
-    else:
-        assert process.returncode == 128 + number and errors.count("\n") == 1
-        assert errors.startswith("Stopped at step ") and " ".join(words[1:]) in errors
-    resumed = start(words)
-    output, errors = resumed.communicate(timeout=300)
-    assert (resumed.returncode, errors) == (0, "")
-    assert output.startswith("Going on at step ") and "step 1400" in output
-    whole = start(command(script, tmp_path / "whole"))
-    whole.communicate(timeout=300)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_saves_the_run(script, number, code, whole, toys, capsys):
+    """And prints the command that goes on with it; a second one ends it at once."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        made = toys(Signalling, answer=send(number, 110), length=37)
+        patch.setattr("sys.argv", ["my agents/td3.py"])
+        begin(script)
+    message = capsys.readouterr().err
+    assert end.value.code == code and "Stopped at step 110." in message
+    assert made[0].sent == [number, signal.SIG_DFL] and max(checkpoints()) == 110
+    words = shlex.split(message[message.index("python ") :])
+    assert words == ["python", "my agents/td3.py", "--run-dir", str(RUN)]
+    toys(length=37)
+    go_on(script)
+    assert_same_run(whole, RUN)
 
 
-@pytest.mark.algorithms("td3")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_ends_at_once(script, number):
-    before = signal.getsignal(number)
-    with script.signals() as received:
-        signal.raise_signal(number)
-        assert received == [number] and signal.getsignal(number) == signal.SIG_DFL
-    assert signal.getsignal(number) == before
+def test_nohup(script, whole, toys):
+    """SIGHUP stays ignored where it was."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    made = toys(Signalling, answer=send(signal.SIGHUP, 110), length=37)
+    begin(script)
+    assert made[0].sent == [signal.SIGHUP, signal.SIG_IGN]
+    assert_same_run(whole, RUN)
 
 
-# --- damaged and refused --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stopped_runs(tmp_path_factory):
-    """`stopped_runs(script)` is the directory of a run of 800 steps, saved at 400 and 800."""
-    made = {}
-
-    def stopped(script) -> Path:
-        if script.__name__ not in made:
-            made[script.__name__] = tmp_path_factory.mktemp("stopped") / "run"
-            args = flags(script, made[script.__name__], total_timesteps=800, eval_frequency=400)
-            run(script, args)
-        return made[script.__name__]
-
-    return stopped
-
-
-@pytest.fixture
-def stopped(script, stopped_runs, tmp_path) -> Path:
-    """A copy of such a run."""
-    return Path(shutil.copytree(stopped_runs(script), tmp_path / "run"))
+# --- damaged files --------------------------------------------------------------------------------
 
 
 def flip_bit(path: Path, place: float):
@@ -293,13 +290,11 @@ class Malicious:
         return os.mkdir, ("malicious-code-was-run",)
 
 
-def rewrite(path: Path, **changes):
-    """Replaces arrays of a checkpoint; in names, __ stands for /."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    arrays |= {name.replace("__", "/"): x for name, x in changes.items()}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+def with_objects(path: Path):
+    """Replaces an array by one that only pickle can read."""
+    found = running.arrays(path)
+    name = sorted(found)[-1]
+    np.savez(path, **found | {name: np.array([Malicious()], object)})
 
 
 DAMAGES = {
@@ -309,181 +304,72 @@ DAMAGES = {
     "bit 50 %": lambda path: flip_bit(path, 0.5),
     "bit 90 %": lambda path: flip_bit(path, 0.9),
     "pickle": lambda path: path.write_bytes(pickle.dumps(Malicious())),
-    "object": lambda path: rewrite(path, state__step=np.array([Malicious()], object)),
-    "shape": lambda path: rewrite(path, state__step=np.zeros((2, 1), np.int32)),
-    "dtype": lambda path: rewrite(path, state__step=np.zeros(1)),
-    "rows": lambda path: rewrite(path, buffer__rows=np.zeros((1, 3, 4), np.float32)),
+    "objects": with_objects,
     "other": lambda path: path.write_text("something else"),
 }
 
 
-@pytest.mark.algorithms("td3")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint(script, damage, stopped, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint(script, damage, copy, whole, capsys):
     """A sentence about it, and the one before leads to the same end; nothing in it is executed."""
-    monkeypatch.chdir(tmp_path)
-    run(script, flags(script, tmp_path / "whole", total_timesteps=900, eval_frequency=400))
-    DAMAGES[damage](stopped / "checkpoint" / "800.npz")
-    resume(script, stopped, "--total-timesteps", "900")
-    output, errors = capsys.readouterr()
-    assert "Going on at step 400 of 900" in output
-    assert "800.npz is damaged and passed over" in errors and errors.count("\n") == 1
+    (newest_one,) = (copy / "checkpoint").glob("*300.npz")
+    DAMAGES[damage](newest_one)
+    go_on(script)
+    assert "300.npz is damaged and passed over" in capsys.readouterr().err
     assert not Path("malicious-code-was-run").exists()
-    assert (stopped / "checkpoint" / "800.damaged").exists(), "it would count as one of the two"
-    assert_same_run(tmp_path / "whole", stopped)
+    assert newest_one.with_suffix(".damaged").exists(), "it would count as one of the two"
+    assert_same_run(whole, RUN)
 
 
-def refused(script, capsys, *words: str, **more):
-    """`python SCRIPT WORDS` ends with one sentence, which is returned, and code 2."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [script.__file__, *words])
-        script.main(script.flags())
-    message = capsys.readouterr().err
-    assert end.value.code == 2
-    return message
-
-
-@pytest.mark.algorithms("td3")
-def test_no_checkpoint(script, stopped, tmp_path, capsys):
-    for path in (stopped / "checkpoint").iterdir():
+def test_nothing_but_damaged_checkpoints(script, copy, whole, capsys):
+    for path in (copy / "checkpoint").iterdir():
         DAMAGES["cut"](path)
-    message = refused(script, capsys, "--resume", str(stopped), "--total-timesteps", "900")
-    assert message.count("is damaged and passed over") == 2
-    assert "has no checkpoint to go on from" in message
-    log = (stopped / "eval.csv").read_bytes()
-    assert log.count(b"\n") == 1 + 2 * 2, "what was logged is still there"
+    go_on(script)
+    assert capsys.readouterr().err.count("is damaged and passed over") == 2
+    assert_same_run(whole, RUN)
 
 
-@pytest.mark.parametrize("flag", ["resume", "evaluate"])
-def test_flags_that_disagree(script, flag, stopped, capsys):
-    """Both values are named; the value that the run has may be given again."""
-    for words, values in {
-        "--gamma 0.9": "--gamma 0.9 disagrees with the run, which has 0.99",
-        "--seed 3": "--seed 3 disagrees with the run, which has 0",
-        "--hidden-width 16 --no-layer-norm": "--layer-norm False disagrees",
-        "--env-id walker-walk": f"the run, which has {EASY[script.backend]}",
-        "--total-timesteps 799": "--total-timesteps 799",
-    }.items():
-        message = refused(script, capsys, f"--{flag}", str(stopped), *words.split())
-        assert values in message and message.count("\n") == 1
-
-
-@pytest.mark.algorithms("td3", "mpo")
-def test_not_a_run(script, stopped, tmp_path, capsys):
-    for content in (None, "", "[]", '{"args": {"no_such_flag": 1}}'):
-        if content is not None:
-            (tmp_path / "config.json").write_text(content)
-        message = refused(script, capsys, "--resume", str(tmp_path))
-        assert str(tmp_path) in message and message.count("\n") == 1
-    assert "one of" in refused(script, capsys, "--resume", "a", "--evaluate", "b")
-
-
-# --- nothing else may be lost ---------------------------------------------------------------------
-
-
-@pytest.mark.algorithms("td3")
-def test_killed_while_writing(script, tmp_path, monkeypatch):
+def test_killed_while_writing(script, whole, monkeypatch):
     """Half a file never takes the place of a checkpoint."""
-    run_dir, savez, done = tmp_path / "killed", np.savez, []
+    savez, calls = np.savez, []
 
-    def half(file, **arrays):
-        savez(file, **arrays)
-        done.append(None)
-        if len(done) == 6:  # a policy and a checkpoint each time
-            file.truncate(file.tell() // 2)
+    def half(file, *args, **kwargs):
+        savez(file, *args, **kwargs)
+        calls.append(file)
+        if len(calls) == 5:  # a checkpoint and a policy each time
+            os.truncate(file, Path(file).stat().st_size // 2)
             raise Killed
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(np, "savez", half)
-        with pytest.raises(Killed):
-            script.main(flags(script, run_dir))
-    assert {x.name for x in (run_dir / "checkpoint").iterdir()} == {
-        "400.npz",
-        "800.npz",
-        "1200.part",
-    }
-    resume(script, run_dir)
-    run(script, flags(script, tmp_path / "whole"))
-    assert_same_run(tmp_path / "whole", run_dir)
-    assert {x.name for x in (run_dir / "checkpoint").iterdir()} == {"2800.npz", "3000.npz"}
+        begin(script)
+    assert checkpoints() == [80, 160]
+    go_on(script)
+    assert_same_run(whole, RUN)
+    assert checkpoints() == [240, 300]
 
 
-@pytest.mark.algorithms("td3")
-def test_full_disk(script, tmp_path):
-    """On a file system of 600 kB: checkpoints stop with a sentence, and an earlier one resumes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        process = start(command(script, disk / "run", "--hidden-width", "64"))
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode in (0, 1) and "Traceback" not in errors
-        assert "No space left on device" in errors
-        saved = tmp_path / "run"
-        shutil.copytree(disk / "run", saved)
-        assert list((saved / "checkpoint").glob("*.npz")), "one that fitted"
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    resume(script, saved)
-    process = start(command(script, tmp_path / "whole", "--hidden-width", "64"))
-    process.communicate(timeout=300)
-    assert_same_run(tmp_path / "whole", saved)
+def test_a_full_disk(script, whole, monkeypatch, capsys):
+    """Checkpoints stop with a sentence, training goes on, and what was saved before is kept."""
+    savez = np.savez
+
+    def full(file, *args, **kwargs):
+        if checkpoints() == [80, 160]:
+            raise OSError(28, "No space left on device")
+        savez(file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        begin(script)
+    message = capsys.readouterr().err
+    assert "Step 240 is not saved" in message and "No space left on device" in message
+    assert checkpoints() == [80, 160] and scalars(RUN) == scalars(whole)
+    go_on(script)
+    assert_same_run(whole, RUN)
 
 
-# --- what one takes along -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("episodes", [2, 3])
-def test_evaluate(script, episodes, stopped, capsys):
-    """The episodes that eval.csv has for the step of the checkpoint, and more if asked for.
-
-    With more of them products have other shapes, so that they may differ in the last digits.
-    """
-    capsys.readouterr()
-    words = ["--evaluate", str(stopped), "--eval-episodes", str(episodes)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script.__file__, *words])
-        script.main(script.flags())
-    rows = capsys.readouterr().out.splitlines()
-    header, *logged = (stopped / "eval.csv").read_text().splitlines()
-    logged = [row for row in logged if row.startswith("800,")]
-    assert rows[0] == header and len(rows) == 1 + episodes
-    if episodes == 2:
-        assert rows[1:] == logged
-    numbers = [[[float(x) for x in row.split(",")] for row in part] for part in (rows[1:3], logged)]
-    np.testing.assert_allclose(*numbers, rtol=1e-4)
-
-
-def readme_function() -> str:
-    """The block of README.md that reads policy.npz."""
-    blocks = (REPOSITORY / "README.md").read_text().split("```")
-    (block,) = [x for x in blocks if x.startswith("python") and "policy.npz" in x]
-    return block.removeprefix("python\n")
-
-
-def test_policy_with_numpy_alone(script, stopped, tmp_path):
-    """The README's function, without JAX, does what `act` does, in the environment's units."""
-    args = script.Args(**json.loads((stopped / "config.json").read_text())["args"])
-    envs = script.Environments(args, [0])
-    state = script.init(np.array([0]), envs.obs_dim, envs.action_dim, args)
-    _, state, *_ = script.load(stopped, state)
-    obs = np.random.default_rng(0).normal(0, 3, (100, envs.obs_dim)).astype(np.float32)
-    action = np.asarray(script.act(state, obs[None], args))[0]
-    native = envs.low + (action + 1) * (envs.high - envs.low) / 2
-    assert np.ptp(native, axis=0).min() > 1e-3
-    np.save(tmp_path / "obs.npy", obs)
-    code = "import sys\nsys.modules['jax'] = None\n" + readme_function()
-    code += "\nnp.save('action.npy', [greedy_action(policy, x) for x in np.load('obs.npy')])"
-    assert len([x for x in readme_function().splitlines() if x.strip()]) <= 18
-    shutil.copy(stopped / "policy.npz", tmp_path)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    np.testing.assert_allclose(np.load(tmp_path / "action.npy"), native, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.algorithms("mpo")
-def test_policy_has_every_seed(script, tmp_path):
-    run(script, flags(script, tmp_path / "run", total_timesteps=600, num_seeds=3))
-    with np.load(tmp_path / "run" / "policy.npz") as policy:
-        assert len(policy["kernel_0"]) == len(policy["obs_mean"]) == 3
+def test_what_a_checkpoint_holds(script, whole):
+    """Every array is finite, and the buffer takes no more room than the rows it has."""
+    found = newest(whole)
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert max(len(x) for x in found.values() if x.ndim) == 300 < small_args(script).buffer_size

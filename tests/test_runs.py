@@ -1,214 +1,342 @@
-"""Runs can be made again: what is random, what is not, and how often anything is compiled."""
+"""What a run of `main` does: what it stores, what it is made of, and what changes no number of it.
 
+The backends share all of `main`, and so one stands for both.
+"""
+
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from conftest import small_args
+from conftest import Probe, ProbeEnv, Toy, small_args
+from running import arrays, assert_same_arrays, evaluations, newest, run, saved, scalars
 
-TASKS = {"dmc": "cartpole-swingup", "gym": "Hopper-v5"}
-STEPS, WARM_UP = 140, 40
-FLAGS = dict(
-    total_timesteps=STEPS, learning_starts=WARM_UP, eval_frequency=70, eval_max_steps=20,
-    seed=5, run_dir="run",
-)  # fmt: skip
-RANDOM_FUNCTIONS = ("normal", "uniform", "randint", "truncated_normal", "categorical", "choice")
+LOW, HIGH = np.array([-1.0, 0.0, -0.3]), np.array([1.0, 4.0, 0.1])
+ENDINGS = ((5, "truncated"), (3, "terminated"), (4, "terminated, truncated"))
 
-
-class Run(NamedTuple):
-    """All that a run computed."""
-
-    state: Any  # after the last update
-    rows: np.ndarray  # [T, S, ...] transitions as inserted into the buffer
-    metrics: dict[str, np.ndarray]  # [updates, S] of each metric
-    eval_csv: bytes
-    env_seeds: list[int]
-    compiled: dict[str, int]  # how often each jitted function was
-
-    @property
-    def actions(self) -> np.ndarray:
-        obs_dim = self.state.moments.mean.shape[-1]
-        return self.rows[:, :, obs_dim : -obs_dim - 3]
+pytestmark = pytest.mark.backends("gym")
+one = pytest.mark.algorithms("sac")
 
 
-def record(function, calls: list):
-    """The function, but every call appends its arguments and its result."""
-
-    def recorded(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append((args, result))
-        return result
-
-    return recorded
+# --- what main stores -----------------------------------------------------------------------------
 
 
-def jitted(script) -> dict:
-    return {name: x for name, x in vars(script).items() if hasattr(x, "_cache_size")}
+class Recording(NamedTuple):
+    """A run of `main` on probes, in which updates change nothing."""
+
+    args: Any
+    rows: Any  # transitions, [T, ...] each
+    policy: dict[str, np.ndarray]
+    probes: list[Probe]
 
 
-def run(script, directory: Path, **changes) -> Run:
-    """Runs `main` in a directory; the same flags are compiled once for all such runs."""
-    args = small_args(script, **(FLAGS | {"env_id": TASKS[script.backend]} | changes))
-    directory.mkdir()
-    functions, calls = jitted(script), {"learn": [], "insert": [], "make_env": []}
-    before = {name: function._cache_size() for name, function in functions.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        for name, seen in calls.items():
-            patch.setattr(script, name, record(getattr(script, name), seen))
-        script.main(args)
-    metrics = [metrics for _, (_, metrics) in calls["learn"]]
-    return Run(
-        state=calls["learn"][-1][1][0],
-        rows=np.stack([args[2] for args, _ in calls["insert"]]),
-        metrics=jax.tree.map(lambda *x: np.stack(x), *metrics),
-        eval_csv=(directory / "run" / "eval.csv").read_bytes(),
-        env_seeds=[args[1] for args, _ in calls["make_env"]],
-        compiled={name: x._cache_size() - before[name] for name, x in functions.items()},
-    )
-
-
-def leaves(state) -> list[np.ndarray]:
-    readable = state._replace(key=jax.random.key_data(state.key))
-    return [np.asarray(x) for x in jax.tree.leaves(readable)]
-
-
-def assert_same_training(a: Run, b: Run):
-    """Equal to the last bit: transitions, metrics and the final state with key and optimizers."""
-    np.testing.assert_array_equal(a.rows, b.rows)
-    jax.tree.map(np.testing.assert_array_equal, a.metrics, b.metrics)
-    jax.tree.map(np.testing.assert_array_equal, leaves(a.state), leaves(b.state))
-
-
-BASELINES: dict[str, Run] = {}
+RECORDINGS: dict[tuple, Recording] = {}
 
 
 @pytest.fixture
-def baseline(script, tmp_path_factory) -> Run:
-    """The one run of this script that others are compared with."""
+def record(script, tmp_path_factory):
+    """`record(scale)` is a run with bounds `scale` times as wide."""
+
+    def recording(scale: float = 1.0) -> Recording:
+        if (key := (script.__name__, scale)) in RECORDINGS:
+            return RECORDINGS[key]
+        probes = []
+
+        def make_env(args, render_mode):
+            probes.append(Probe(scale * LOW, scale * HIGH, ENDINGS))
+            return ProbeEnv(probes[-1])
+
+        args = small_args(
+            script, total_timesteps=60, eval_frequency=40, run_dir="run", normalize_obs=False
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("recording"))
+            patch.setattr(script, "make_env", make_env)
+            patch.setattr(script, "learn", lambda state, *_: (state, {"qf_loss": 0.0}))
+            run(script, args)
+            rows, policy = saved(script, args).rows(), arrays(Path("run/policy.npz"))
+        RECORDINGS[key] = Recording(args, rows, policy, probes)
+        return RECORDINGS[key]
+
+    return recording
+
+
+def native(action, low=LOW, high=HIGH):
+    """The place of an action [..., A] between the bounds."""
+    return low + (np.float64(action) + 1) / 2 * (high - low)
+
+
+def ends(rows, kind: str) -> np.ndarray:
+    """Where [T] episodes ended with this kind, by the episode and time in the observation."""
+    place = [(int(k) % len(ENDINGS), t) for k, t in rows.next_obs[:, :2]]
+    return np.array([kind in ENDINGS[k][1] and t == ENDINGS[k][0] for k, t in place])
+
+
+def test_the_stored_action_is_the_executed_one(record):
+    executed = record().probes[0].actions
+    np.testing.assert_allclose(native(record().rows.action), executed, rtol=1e-6, atol=1e-7)
+
+
+def test_the_stored_discount_is_0_at_terminations_only(record):
+    rows = record().rows
+    assert ends(rows, "terminated").any() and ends(rows, "truncated").any()
+    np.testing.assert_array_equal(rows.discount, 1 - ends(rows, "terminated"))
+
+
+def test_stored_transitions_lead_to_each_other_but_not_across_episodes(record):
+    rows = record().rows
+    np.testing.assert_array_equal(rows.next_obs[:, 0], rows.obs[:, 0])  # the same episode
+    np.testing.assert_array_equal(rows.next_obs[:, 1], rows.obs[:, 1] + 1)
+    ended = (ends(rows, "terminated") | ends(rows, "truncated"))[:-1]
+    np.testing.assert_array_equal(rows.obs[1:][~ended], rows.next_obs[:-1][~ended])
+    assert not rows.obs[1:][ended][:, 1:].any()  # a new episode begins at time 0
+    np.testing.assert_allclose(rows.reward, rows.next_obs[:, 2:].sum(axis=-1), atol=1e-5)
+
+
+def test_actions_before_learning_are_uniform(record):
+    warm_up = record().rows.action[:20]
+    np.testing.assert_allclose(warm_up.std(), 1 / np.sqrt(3), rtol=0.15)
+    assert np.abs(warm_up).max() <= 1 and len(np.unique(warm_up)) == warm_up.size
+
+
+def test_training_explores_and_evaluation_does_not(script, record):
+    recorded, action = record(), record().rows.action[20:]
+    greedy = np.array([script.greedy_action(recorded.policy, x) for x in recorded.rows.obs[20:]])
+    free = np.abs(greedy) < 0.9  # elsewhere the squashing or the clipping hides the noise
+    assert free.sum() > 30 and np.abs(action - greedy)[free].mean() > 0.05
+    inside = action[np.abs(action) < 1]
+    assert len(np.unique(inside)) > 0.99 * inside.size
+    evaluated = recorded.probes[1]
+    # Both episodes of its first evaluation begin with the same observation but for their number.
+    for k, begin in enumerate((0, ENDINGS[0][0])):
+        wanted = script.greedy_action(recorded.policy, np.float32([k, 0, 0, 0, 0]))
+        np.testing.assert_allclose(evaluated.actions[begin], native(wanted), rtol=1e-5, atol=1e-6)
+    assert len(evaluated.actions) == ENDINGS[0][0] + ENDINGS[1][0], "whole episodes"
+
+
+def test_wider_bounds_change_nothing_that_is_learned_from(record):
+    narrow, wide = record(), record(scale=2.0)
+    np.testing.assert_allclose(wide.probes[0].actions, 2 * np.array(narrow.probes[0].actions))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), wide.rows, narrow.rows)
+
+
+NOISELESS = {
+    "sac": dict(log_std_min=-20.0, log_std_max=-20.0),
+    "td3": dict(exploration_noise=0.0),
+    "mpo": dict(initial_stddev=1e-30),
+}
+
+
+def test_exploration_without_noise_is_the_policy_of_normalised_observations(script):
+    args = small_args(script, **NOISELESS[script.algorithm])
+    env = script.Interface(small_args(script, env_id="Pendulum-v1"))
+    state, rng = script.init(jax.random.key(0), 3, 1, args), np.random.default_rng(0)
+    last = state.actor.params["params"]["Dense_2"]
+    last["kernel"] = rng.normal(0, 0.3, last["kernel"].shape).astype(np.float32)  # away from 0
+    mean, var = np.float32([5, -3, 100]), np.float32([4, 0.01, 900])
+    buffer = script.make_buffer(3, 1, args)._replace(mean=mean, var=var)
+    policy, actions = script.export(state, buffer, env, args), []
+    for k in range(20):
+        obs = np.float32(rng.normal(mean, np.sqrt(var)))
+        step = np.int32(args.learning_starts + 1 + k)
+        inputs = state.actor.params, buffer, obs, jax.random.key(1), step, args
+        actions.append(script.explore(*inputs))
+        np.testing.assert_allclose(script.greedy_action(policy, obs), actions[-1], atol=1e-5)
+    assert np.std(actions) > 0.05
+
+
+# --- what a run is a function of ------------------------------------------------------------------
+
+FLAGS = dict(
+    env_id="Toy-v0", run_dir="run", seed=5, total_timesteps=120, learning_starts=30, n_step=2,
+    eval_frequency=60, eval_episodes=2, checkpoint_frequency=0, updates_per_step=2,
+)  # fmt: skip
+# Without learning, which takes longest to compile.
+IDLE = FLAGS | dict(learning_starts=1000)
+
+
+class Baseline(NamedTuple):
+    """The one run of a script that others are compared with."""
+
+    run_dir: Path
+    traced: list[str]  # of jitted functions, each time that JAX runs their Python
+
+
+BASELINES: dict[str, Baseline] = {}
+
+
+def run_in(script, folder: Path, **flags) -> Path:
+    """The directory of a run in this folder."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(script, small_args(script, **flags))
+    return folder / "run"
+
+
+def counted(script, name: str, traced: list[str], **options):
+    """The jitted function, which notes when it is compiled."""
+    function = getattr(script, name).__wrapped__
+
+    @functools.wraps(function)
+    def counting(*args):
+        traced.append(name)
+        return function(*args)
+
+    return jax.jit(counting, static_argnames="args", **options)
+
+
+@pytest.fixture
+def toy(toys) -> list[Toy]:
+    return toys(length=8)
+
+
+@pytest.fixture
+def baseline(script, toy, tmp_path_factory) -> Baseline:
     if script.__name__ not in BASELINES:
-        jax.clear_caches()
-        directory = tmp_path_factory.mktemp("baseline") / "first"
-        BASELINES[script.__name__] = run(script, directory)
+        script.explore = counted(script, "explore", traced := [])
+        script.learn = counted(script, "learn", traced)
+        script.insert = counted(script, "insert", traced, donate_argnames="buffer")
+        run_dir = run_in(script, tmp_path_factory.mktemp("baseline"), **FLAGS)
+        BASELINES[script.__name__] = Baseline(run_dir, list(traced))
     return BASELINES[script.__name__]
 
 
-# --- one seed -------------------------------------------------------------------------------------
-
-
-def test_compiles_once(baseline):
-    """One trace of every jitted function in a whole run."""
-    assert {"init", "act", "explore", "insert", "learn"} <= set(baseline.compiled)
-    assert set(baseline.compiled.values()) == {1}, baseline.compiled
+def test_everything_is_compiled_once(baseline):
+    assert sorted(baseline.traced) == ["explore", "insert", "learn"]
 
 
 def test_same_seed_same_run(script, baseline, tmp_path):
-    again = run(script, tmp_path / "again")
-    assert_same_training(baseline, again)
-    assert again.eval_csv == baseline.eval_csv and again.eval_csv.count(b"\n") == 1 + 2 * 2
+    again = run_in(script, tmp_path, **FLAGS)
+    assert_same_arrays(newest(baseline.run_dir), newest(again))
+    assert (baseline.run_dir / "eval.csv").read_bytes() == (again / "eval.csv").read_bytes()
 
 
-def test_evaluation_changes_no_training(script, baseline, tmp_path):
-    never = run(script, tmp_path / "never", eval_frequency=0)
-    assert_same_training(baseline, never)
-    assert never.eval_csv.count(b"\n") == 1
+@one
+def test_another_seed_another_run(script, toy, tmp_path):
+    """In networks, random actions, and episodes of training and evaluation."""
+    runs = []
+    for seed in (5, 6):
+        run_dir = run_in(script, tmp_path / str(seed), **IDLE | dict(seed=seed))
+        runs.append(saved(script, small_args(script, **IDLE), run_dir))
+    a, b = (x.state.critic.params["params"]["Dense_0"]["kernel"] for x in runs)
+    assert not np.isin(a, b).any() and not np.isin(a[0], a[1]).any(), "two critics of each"
+    actions, obs = ([getattr(x.rows(), name) for x in runs] for name in ("action", "obs"))
+    assert not np.isin(*actions).any() and not np.isin(*obs).any()
+    assert not np.isin(*[x.results[:, 3] for x in runs]).any()
 
 
-def test_evaluation_is_greedy_and_fixed(script, monkeypatch):
-    """The same policy has the same returns whatever the training's key, and never explores."""
-    args = small_args(script, env_id=TASKS[script.backend], eval_max_steps=30)
-    envs = script.Environments(args, range(args.eval_episodes))
-    state = script.init(np.array([0]), envs.obs_dim, envs.action_dim, args)
-    monkeypatch.setattr(script, "explore", None)
-    first = script.evaluate(state, envs, args)
-    envs.step(np.zeros((args.eval_episodes, envs.action_dim)))
-    keys = jax.random.split(jax.random.key(99), 1)
-    np.testing.assert_array_equal(first, script.evaluate(state._replace(key=keys), envs, args))
-    assert len(np.unique(first[0])) == args.eval_episodes, "episodes are different ones"
+@one
+@pytest.mark.parametrize(
+    "changes",
+    [dict(eval_frequency=0), dict(eval_frequency=20, eval_episodes=1, checkpoint_frequency=9)],
+    ids=["never", "often"],
+)
+def test_watching_changes_no_number_of_training(script, changes, baseline, tmp_path):
+    """The last array of a checkpoint holds the rows of eval.csv."""
+    run_dirs, training, losses = (
+        (baseline.run_dir, run_in(script, tmp_path, **FLAGS | changes)),
+        [],
+        [],
+    )
+    for run_dir in run_dirs:
+        *rest, _ = newest(run_dir).values()
+        training.append({str(i): x for i, x in enumerate(rest)})
+        tags = scalars(run_dir)
+        losses.append({tag: x for tag, x in tags.items() if not tag.startswith("eval")})
+    assert_same_arrays(*training)
+    assert losses[0] == losses[1] and any(tag.startswith("losses/") for tag in losses[0])
 
 
-# --- several seeds --------------------------------------------------------------------------------
+@one
+def test_seeds_of_episodes(script, toy, tmp_path):
+    """Every training episode another one, an evaluation the same ones each time, all different."""
+    run_dir = run_in(script, tmp_path, **IDLE | dict(eval_episodes=3, normalize_obs=False))
+    training, *evaluating = [made.seeds for made in toy]
+    assert len(evaluating) == 2 and evaluating[0] == evaluating[1]
+    assert len(training) == 120 // 8 + 1 and len(evaluating[0]) == 3
+    assert len({*training, *evaluating[0]}) == len(training) + 3
+    returns = [row["return"] for row in evaluations(run_dir)]
+    assert len(set(returns)) == 3 and returns[:3] == returns[3:], (
+        "the same policy, the same returns"
+    )
 
 
-class Group(NamedTuple):
-    run: Run
-    draws: list[tuple]  # the data of every key from which the device drew random numbers
+# --- environments that are special ----------------------------------------------------------------
 
 
-GROUPS: dict[str, Group] = {}
+@one
+def test_an_environment_that_can_exist_only_once(script, toy, tmp_path):
+    """As a robot or a port; without evaluations it can be trained."""
+    run_in(script, tmp_path, **IDLE | dict(eval_frequency=0))
+    assert len(toy) == 1
 
 
-def record_draws(patch) -> list[tuple]:
-    """Lets every function of `jax.random` that draws numbers append the data of its key."""
-    draws = []
-
-    def recorded(function):
-        def draw(key, *args, **kwargs):
-            add = lambda data: draws.append(tuple(data.tolist()))  # noqa: E731
-            jax.debug.callback(add, jax.random.key_data(key))
-            return function(key, *args, **kwargs)
-
-        return draw
-
-    for name in RANDOM_FUNCTIONS:
-        patch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
-    return draws
+@one
+def test_lengths_are_steps_of_the_environment(script, toys, tmp_path):
+    toys(length=10)
+    flags = IDLE | dict(action_repeat=3, eval_frequency=30, total_timesteps=90)
+    run_dir = run_in(script, tmp_path, **flags)
+    assert {row["length"] for row in evaluations(run_dir)} == {"10"}
+    assert {length for _, length in scalars(run_dir)["charts/episodic_length"]} == {10}
+    assert [step for step, _ in scalars(run_dir)["eval/episodic_return"]] == [30, 60, 90]
+    assert int(saved(script, small_args(script, **flags), run_dir).buffer.count) == 30
 
 
-@pytest.fixture
-def group(script, tmp_path_factory) -> Group:
-    """Seeds 3 to 6 side by side; the baseline is seed 5."""
-    if script.__name__ not in GROUPS:
-        with pytest.MonkeyPatch.context() as patch:
-            draws = record_draws(patch)
-            directory = tmp_path_factory.mktemp("group") / "first"
-            result = run(script, directory, seed=3, num_seeds=4)
-            jax.effects_barrier()
-        GROUPS[script.__name__] = Group(result, draws)
-    return GROUPS[script.__name__]
+@one
+def test_video_that_cannot_be_made_stops_no_training(script, toy, tmp_path, capsys):
+    """Toy's constructor knows no render_mode."""
+    run_dir = run_in(script, tmp_path, **IDLE | dict(capture_video=True))
+    assert "--capture-video is off" in capsys.readouterr().err
+    assert len(evaluations(run_dir)) == 4 and not list(run_dir.rglob("*.mp4"))
 
 
-def test_seed_in_a_group_is_the_seed_alone(group, baseline):
-    """Over a hundred updates; before the first of them to the last bit."""
-    ours = jax.tree.map(lambda x: np.asarray(x)[2:3], leaves(group.run.state))
-    np.testing.assert_array_equal(group.run.rows[:WARM_UP, 2:3], baseline.rows[:WARM_UP])
-    np.testing.assert_allclose(group.run.rows[:, 2:3], baseline.rows, rtol=1e-3, atol=1e-3)
-    for name, metric in baseline.metrics.items():
-        assert len(metric) == STEPS - WARM_UP
-        np.testing.assert_allclose(group.run.metrics[name][:, 2:3], metric, rtol=1e-3, atol=1e-3)
-    for x, y in zip(ours, leaves(baseline.state), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
+# --- the end of a run, and its beginning ----------------------------------------------------------
 
 
-def test_no_key_is_used_twice(group):
-    """Neither by two seeds nor by one seed at two times: exploration, minibatches, updates."""
-    per_update = 3  # an action, the indices of a minibatch, the target's noise or action
-    assert len(group.draws) >= 4 * (STEPS - WARM_UP) * per_update
-    assert len(set(group.draws)) == len(group.draws)
+def stops(script, folder: Path, capsys, **flags) -> tuple[int, str]:
+    """The exit code of a run that ends before its time, and what it says."""
+    with pytest.raises(SystemExit) as end:
+        run_in(script, folder, **flags)
+    return end.value.code, capsys.readouterr().err
 
 
-def test_no_seed_shares_an_environment(group):
-    """Training and evaluation environments of all seeds have seeds of their own."""
-    seeds = group.run.env_seeds
-    assert len(set(seeds)) == len(seeds) == 4 * (1 + FLAGS.get("eval_episodes", 2))
-    first_rows = group.run.rows[0]
-    assert len(np.unique(first_rows, axis=0)) == 4
+@one
+def test_networks_that_hold_nan_stop_the_run(script, toys, tmp_path, capsys):
+    """At the next logging, though the environment accepts any action."""
+    (made,) = (toys(answer=lambda toy, x: x if len(x) == 2 else (x[0], 0.0, *x[2:])),)
+    rates = {name: 1e37 for name in script.Args.model_fields if name.endswith("_lr")}
+    flags = FLAGS | dict(eval_frequency=0, log_frequency=20) | rates
+    code, message = stops(script, tmp_path, capsys, **flags)
+    assert code == 1 and "NaN at step" in message and "--run-dir" in message
+    assert made[0].steps in (40, 60)
 
 
-def test_no_seed_shares_an_action(group):
-    """Random in the warm-up, and afterwards too, in every dimension."""
-    warm_up, explored = group.run.actions[:WARM_UP], group.run.actions[WARM_UP:]
-    assert len(np.unique(warm_up)) == warm_up.size
-    inside = explored[np.abs(explored) < 1]  # a clipped action is no random number
-    assert len(np.unique(inside)) > 0.99 * inside.size
+def test_a_loss_that_is_nan_stops_the_run(script, toy, tmp_path, monkeypatch, capsys):
+    """For all algorithms."""
+    losses = iter([0.0] * 15 + [np.nan] * 100)
+    monkeypatch.setattr(script, "learn", lambda state, *_: (state, {"qf_loss": next(losses)}))
+    code, message = stops(script, tmp_path, capsys, **FLAGS | dict(log_frequency=20))
+    assert code == 1 and "NaN at step 60" in message and toy[0].steps == 60
 
 
-def test_no_seed_shares_a_network(script):
-    """The first weights of the seeds differ in every matrix, and so do a seed's two critics."""
-    state = script.init(np.arange(4), 5, 2, small_args(script))
-    for x in jax.tree.leaves((state.actor, state.critic)):
-        matrices = np.asarray(x).reshape(-1, *x.shape[-2:])
-        if matrices.any() and not (matrices == 1).all():  # neither biases nor LayerNorm's scales
-            assert len(np.unique(matrices, axis=0)) == len(matrices) >= 4
+@one
+def test_a_buffer_too_large_for_memory(script, toy, tmp_path, capsys):
+    """A sentence with both sizes, before anything is trained."""
+    code, message = stops(script, tmp_path, capsys, **IDLE | dict(buffer_size=10**12))
+    assert code == 2 and message.count("\n") == 1 and toy[0].seeds == []
+    assert "--buffer-size 1000000000000" in message and "GiB" in message
+
+
+@one
+def test_two_runs_of_the_same_name_in_the_same_second(script, toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.time, "time", lambda: 1234567890.5)
+    flags = IDLE | dict(run_dir=None, total_timesteps=10, exp_name="my name")
+    for _ in range(2):
+        run_in(script, tmp_path, **flags)
+    first, second = sorted((tmp_path / "runs").iterdir(), key=lambda path: len(path.name))
+    assert first.name == "Toy-v0__my name__5__1234567890" and second.name.startswith(first.name)
+    assert all((path / "policy.npz").exists() for path in (first, second))
+    assert first.name in capsys.readouterr().err, "where it is, is printed"

@@ -1,0 +1,125 @@
+"""Runs of `main` in this process, how to stop them, and what they leave behind."""
+
+import contextlib
+import csv
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import SummaryWriter
+
+
+NUMBERS = itertools.count()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the script sees it."""
+
+
+def run(script, args, killed_at: int | None = None):
+    """`main`, killed in the action with this number, after the environment's step."""
+    insert, calls, writers = script.insert, [], []
+
+    def insert_or_die(*inputs):
+        calls.append(None)
+        if len(calls) == killed_at:
+            raise Killed
+        return insert(*inputs)
+
+    def writer(*args, **kwargs):
+        # Files of the same second would have the same name.
+        writers.append(SummaryWriter(*args, **kwargs, filename_suffix=f".{next(NUMBERS)}"))
+        return writers[-1]
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(script, "insert", insert_or_die)
+        patch.setattr(script, "SummaryWriter", writer)  # to close them as the end of a process does
+        stack.callback(lambda: [writer.close() for writer in writers])
+        if killed_at is not None:
+            stack.enter_context(pytest.raises(Killed))
+        script.main(args)
+
+
+def go_on(script, *words: str, killed_at: int | None = None):
+    """`python SCRIPT --run-dir run WORDS`, in this process."""
+    run(script, parse(script, "--run-dir", "run", *words), killed_at)
+
+
+def parse(script, *words: str):
+    """The flags that these words of a command line make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *words])
+        return script.parse_args()
+
+
+class Saved(NamedTuple):
+    """The newest checkpoint of a run."""
+
+    buffer: Any
+    state: Any
+    results: np.ndarray  # [n, 5] the rows of eval.csv
+
+    def rows(self) -> Any:
+        """The transitions in the buffer, in the order in which they came."""
+        count, size = int(self.buffer.count), len(self.buffer.data.reward)
+        index = np.arange(max(0, count - size), count) % size
+        return jax.tree.map(lambda x: np.asarray(x)[index], self.buffer.data)
+
+
+def saved(script, args, run_dir: str | Path = "run") -> Saved:
+    """What the script itself loads from this directory."""
+    env = script.Interface(args)
+    sizes = env.obs_dim, env.low.size, args
+    state = script.init(jax.random.key(0), *sizes)
+    return Saved(*script.load(Path(run_dir), script.make_buffer(*sizes), state, np.zeros((0, 5))))
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file."""
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def newest(run_dir: Path) -> dict[str, np.ndarray]:
+    """The arrays of the newest checkpoint."""
+    return arrays(max((run_dir / "checkpoint").glob("*.npz")))
+
+
+def scalars(run_dir: Path) -> dict[str, list]:
+    """Steps and values of every tag of the event files, but for the speed."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag != "charts/SPS"}
+    return {tag: [(event.step, event.value) for event in found[tag]] for tag in found}
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    """The rows of eval.csv, which ends with a whole line."""
+    text = (run_dir / "eval.csv").read_text()
+    assert text.startswith("global_step,seed,episode,return,length\n") and text.endswith("\n")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]):
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        np.testing.assert_array_equal(x, b[name], err_msg=name)
+
+
+def assert_same_run(a: Path, b: Path):
+    """To the last bit: networks, optimisers, buffer, moments, evaluations, charts, policy.
+
+    Logged losses are means of the last 100 updates since the run went on, so only their steps.
+    """
+    assert_same_arrays(newest(a), newest(b))
+    assert_same_arrays(arrays(a / "policy.npz"), arrays(b / "policy.npz"))
+    assert (a / "eval.csv").read_bytes() == (b / "eval.csv").read_bytes()
+    ours, theirs = (
+        {tag: x if "losses" not in tag else [step for step, _ in x] for tag, x in tags.items()}
+        for tags in (scalars(a), scalars(b))
+    )
+    assert ours == theirs != {}
