@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.2", "gymnasium>=1.3", "mujoco>=3.3.2,<4",
-#   "pydantic>=2.10", "tyro>=0.9.20", "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
+#   "jax>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.2", "gymnasium>=1.3",
+#   "mujoco>=3.3.2,<4", "pydantic>=2.10", "tyro>=0.9.20",
+#   "tensorboardX>=2.6.2", "tqdm>=4.66", "moviepy>=2.1",
 # ]
 # ///
 """Soft Actor-Critic on Gymnasium environments, in one file.
@@ -463,6 +464,15 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
     return writer
 
 
+def log_losses(writer: SummaryWriter, step: int, recent: list[dict]):
+    """Logs the mean of each metric over recent updates, without those that skipped it (nan)."""
+    means = jax.tree.map(lambda *x: np.nanmean(x), *jax.device_get(recent))
+    for name, mean in means.items():
+        writer.add_scalar(f"losses/{name}", mean, step)
+    if np.isnan(recent[-1]["qf_loss"]):
+        fail(f"NaN at step {step}: go on with --run-dir {writer.logdir} and smaller step sizes.", 1)
+
+
 def save(run_dir: Path, env: Interface, args: Args, buffer: Buffer, state: State, results):
     """Writes a checkpoint and policy.npz, whole or not at all, and keeps the checkpoint before."""
     part, step = run_dir / "part.npz", int(buffer.count) * args.action_repeat
@@ -570,13 +580,9 @@ def main(args: Args):
                 buffer = next_episode(buffer)
                 obs = env.reset(args.seed, 0, int(buffer.episode))
             if due(step, args.log_frequency, args) and recent:
-                means = jax.tree.map(lambda *x: np.nanmean(x), *jax.device_get(recent))
-                for name, mean in means.items():
-                    writer.add_scalar(f"losses/{name}", mean, step)
+                log_losses(writer, step, recent)
                 seconds = bar.format_dict["elapsed"]
                 writer.add_scalar("charts/SPS", (bar.n - bar.initial) / seconds, step)
-                if np.isnan(recent[-1]["qf_loss"]):
-                    fail(f"Networks hold NaN at step {step}. {go_on} with smaller step sizes.", 1)
             if due(step, args.eval_frequency, args):
                 policy = export(state, buffer, env, args)
                 results = evaluate(run_dir, step, policy, results, args)

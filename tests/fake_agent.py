@@ -13,14 +13,11 @@ import time
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
-for name, default in {
-    "seed": 0, "total-timesteps": 100, "action-repeat": 1, "eval-frequency": 10, "eval-episodes": 2,
-}.items():  # fmt: skip
-    parser.add_argument(f"--{name}", type=int, default=default)
 parser.add_argument("--env-id")
-parser.add_argument("--exp-name", default=Path(__file__).stem)
 parser.add_argument("--run-dir", type=Path)
 parser.add_argument("--step-seconds", type=float, default=0.0)
+for name in ("seed", "total-timesteps"):
+    parser.add_argument(f"--{name}", type=int)
 args = parser.parse_args()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if args.env_id == "refuses":
@@ -33,6 +30,7 @@ state = {"step": 0, "number": args.seed, "csv": "global_step,seed,episode,return
 state = json.loads(checkpoint.read_text()) if goes_on else state
 checkpoint.parent.mkdir(parents=True, exist_ok=True)
 config = vars(args) | {"run_dir": str(run_dir), "cores": sorted(os.sched_getaffinity(0))}
+config |= {"action_repeat": 1, "eval_frequency": 10, "eval_episodes": 2}
 config["pythonpath"] = os.environ.get("PYTHONPATH")
 (run_dir / "config.json").write_text(json.dumps({"args": config, "history": {}}))
 
@@ -52,10 +50,9 @@ try:
             sys.exit("something broke")
         if state["step"] > 50 and args.env_id == "breaks-once" and not goes_on:
             os.kill(os.getpid(), signal.SIGKILL)  # what came after step 50 is lost
-        if state["step"] % args.eval_frequency == 0:
-            for episode in range(args.eval_episodes):
-                state["csv"] += f"{state['step']},{args.seed},{episode},"
-                state["csv"] += f"{state['number'] % (1000 + episode)},1000\n"
+        if state["step"] % 10 == 0:
+            for k in (0, 1):
+                state["csv"] += f"{state['step']},{args.seed},{k},{state['number'] % 1000 + k},9\n"
             (run_dir / "eval.csv").write_text(state["csv"])
         if state["step"] % 25 == 0:
             save()
