@@ -21,8 +21,7 @@ for name in ("seed", "total-timesteps"):
 args = parser.parse_args()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if args.env_id == "refuses":
-    print("--env-id refuses is not a task.", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(print("--env-id refuses is not a task.", file=sys.stderr) or 2)
 
 run_dir, checkpoint = args.run_dir, args.run_dir / "checkpoint" / "state.json"
 goes_on = checkpoint.exists()
@@ -33,14 +32,6 @@ config = vars(args) | {"run_dir": str(run_dir), "cores": sorted(os.sched_getaffi
 config |= {"action_repeat": 1, "eval_frequency": 10, "eval_episodes": 2}
 config["pythonpath"] = os.environ.get("PYTHONPATH")
 (run_dir / "config.json").write_text(json.dumps({"args": config, "history": {}}))
-
-
-def save():
-    """Puts a checkpoint in the place of the last one."""
-    (run_dir / "checkpoint" / "new.json").write_text(json.dumps(state))
-    (run_dir / "checkpoint" / "new.json").rename(checkpoint)
-
-
 try:
     while state["step"] < args.total_timesteps:
         time.sleep(args.step_seconds)
@@ -55,6 +46,6 @@ try:
                 state["csv"] += f"{state['step']},{args.seed},{k},{state['number'] % 1000 + k},9\n"
             (run_dir / "eval.csv").write_text(state["csv"])
         if state["step"] % 25 == 0:
-            save()
+            checkpoint.write_text(json.dumps(state))
 finally:
-    save()
+    checkpoint.write_text(json.dumps(state))

@@ -254,6 +254,18 @@ def test_repeated_actions_count_the_steps_of_the_environment(script, use_probes)
 
 
 @on_gym
+def test_an_environment_that_returns_one_info_each_time(toy):
+    """To which Gymnasium's wrapper adds the statistics of an episode."""
+    info = {"mass": 1.0}
+    env, _ = toy(length=4, answer=lambda toy, x: (*x[:-1], info))
+    for _ in range(3):
+        env.reset(0)
+        infos = [env.step(np.zeros(3, np.float32))[-1] for _ in range(4)]
+        assert ["episode" in x for x in infos] == [False] * 3 + [True]
+        assert infos[-1]["episode"]["l"] == 4
+
+
+@on_gym
 def test_an_environment_without_a_time_limit_has_one(toy):
     env, _ = toy()
     env.reset(0)

@@ -15,7 +15,7 @@ from scipy import linalg
 
 pytestmark = pytest.mark.backends("dmc")
 
-GAMMA, BATCH, UPDATES = 0.95, 128, 4000
+GAMMA, BATCH, UPDATES = 0.95, 128, 3000
 STATES = np.linspace(-0.6, 0.6, 25)  # where the regulator's best action is inside the box
 TUNED = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
 
@@ -42,12 +42,12 @@ def solve(script, problem, seed: int = 0):
     return jax.jit(learn, compiler_options=TUNED)(state, jax.random.key(100 + seed)), args
 
 
-def worst_action(script, state, args, best) -> float:
-    """The largest distance of greedy actions from the best ones."""
+def error_of_actions(script, state, args, best) -> float:
+    """How far greedy actions are from the best ones, root mean square."""
     env = SimpleNamespace(low=-np.ones(1), high=np.ones(1))
     policy = script.export(state, script.make_buffer(1, 1, args), env, args)
     actions = [script.greedy_action(policy, obs).item() for obs in np.float32(STATES)[:, None]]
-    return np.abs(actions - best(STATES)).max()
+    return np.sqrt(np.square(actions - best(STATES)).mean())
 
 
 def exact_flags(script) -> dict:
@@ -58,7 +58,7 @@ def exact_flags(script) -> dict:
     less to its old policy than by default, as it has less time to move.
     """
     if script.algorithm == "td3":
-        return dict(policy_noise=0.0, hidden_width=256)
+        return dict(policy_noise=0.0, hidden_width=128)
     if script.algorithm == "mpo":
         trust = dict(target_network_frequency=25, epsilon_mean=0.01, epsilon_stddev=1e-4)
         return dict(hidden_width=64, action_samples=10, dual_lr=0.01, **trust)
@@ -73,7 +73,7 @@ def test_contextual_bandit(script):
         return -jnp.square(action - 0.5 * jnp.sin(2 * obs)), 0.0, obs
 
     state, args = solve(script, problem)
-    assert worst_action(script, state, args, best) < 0.15
+    assert error_of_actions(script, state, args, best) < 0.12
 
 
 def test_linear_quadratic_regulator(script):
@@ -87,7 +87,7 @@ def test_linear_quadratic_regulator(script):
         return -(jnp.square(obs) + cost * jnp.square(action)), 1.0, a * obs + b * action
 
     state, args = solve(script, problem)
-    assert worst_action(script, state, args, lambda obs: -gain * obs) < 0.15
+    assert error_of_actions(script, state, args, lambda obs: -gain * obs) < 0.12
     # At rest nothing is lost; SAC adds the worth of its entropy, and MPO what its noise will cost.
     if script.algorithm == "td3":
         rest = jnp.zeros((1, 1))

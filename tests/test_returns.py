@@ -4,21 +4,22 @@ Pendulum-v1 costs about -1200 under a random policy and -150 at best. The backen
 learning (a test compares the text), so the Gymnasium scripts stand for all.
 """
 
-import csv
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from running import evaluations
 
 RATES = {
-    "sac": "--policy-lr 1e-3 --q-lr 1e-3 --alpha-lr 1e-3",
+    "sac": "--policy-lr 1e-3 --q-lr 1e-3",
     "td3": "--learning-rate 1e-3",
     "mpo": "--policy-lr 1e-3 --q-lr 1e-3",
 }
 
 
+@pytest.mark.slow
 @pytest.mark.backends("gym")
 def test_solves_the_pendulum(script, tmp_path):
     flags = "--env-id Pendulum-v1 --total-timesteps 12500 --learning-starts 1000 --hidden-width 64"
@@ -27,6 +28,5 @@ def test_solves_the_pendulum(script, tmp_path):
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, script.__file__, *flags.split(), "--run-dir", tmp_path / "run"]
     subprocess.run(command, env=plain, check=True)
-    with (tmp_path / "run" / "eval.csv").open() as file:
-        returns = [float(row["return"]) for row in csv.DictReader(file)]
+    returns = [float(row["return"]) for row in evaluations(tmp_path / "run")]
     assert np.mean(returns[-20:]) > -400  # of the last two evaluations
