@@ -21,6 +21,7 @@ beyond [-1, 1] penalised (--no-action-penalty); twin critics with LayerNorm (--n
 observations normalised by running moments (--no-normalize-obs).
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -103,7 +104,7 @@ class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
 
 def fail(message: str, code: int = 2):
     """Ends the program with a sentence on stderr; code 2 is bad usage."""
-    print(message, file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -113,18 +114,18 @@ def fail(message: str, code: int = 2):
 WANTED = "Tasks of the suite are written domain-task; ids of Gymnasium are for the gym scripts."
 
 
-def make_env(args: Args, render_mode: str | None) -> gym.Env:
+def make_env(args: Args, **options) -> gym.Env:
     """A task of the suite; lqr draws its plant when it is made, here one for all of a run."""
     os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
-    import shimmy  # noqa: F401 (not at the top: dm_control chooses its renderer on import)
+    with contextlib.redirect_stdout(None):  # it tells of environments without labmaze
+        import shimmy  # noqa: F401 (not at the top: dm_control chooses its renderer on import)
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of dm_control, with NumPy 2.5
     logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
     env_id = f"dm_control/{args.env_id.removeprefix('dm_control/').removesuffix('-v0')}-v0"
     # Those of lqr are the only episodes without an end of their own.
-    options = {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
-    options |= {"render_mode": render_mode} | json.loads(args.env_kwargs)
-    env = gym.make(env_id, disable_env_checker=True, **options)
+    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
+    env = gym.make(env_id, disable_env_checker=True, **options | json.loads(args.env_kwargs))
     env.metadata["render_fps"] = round(1 / env.unwrapped.dt)
     if os.environ["MUJOCO_GL"] == "disable":
         type(env.unwrapped._env.physics).contexts = None  # quadruped-escape would draw its terrain
@@ -140,7 +141,7 @@ class Interface(gym.Wrapper):
     def __init__(self, args: Args, film: Path | None = None):
         gym.logger.min_level = gym.logger.ERROR
         try:
-            env = make_env(args, "rgb_array" if film else None)
+            env = make_env(args, **{"render_mode": "rgb_array"} if film else {})
             if film:
                 env.reset(), env.render()
                 env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode == 0)
@@ -367,7 +368,7 @@ def export(state: State, buffer: Buffer, env: Interface, args: Args) -> dict[str
     mean, std, clip = np.asarray(buffer.mean), np.sqrt(buffer.var) + np.float32(1e-6), 10.0
     if not args.normalize_obs:
         mean, std, clip = np.zeros_like(mean), np.ones_like(std), np.inf
-    arrays = {"obs_mean": mean, "obs_std": std, "obs_clip": clip, "squash": SQUASH}
+    arrays = {"obs_mean": mean, "obs_std": std, "obs_clip": np.float32(clip), "squash": SQUASH}
     for i, layer in enumerate(jax.device_get(state.actor.params["params"]).values()):
         arrays |= {f"{name}_{i}": x for name, x in layer.items()}
     return arrays | {"low": env.low, "high": env.high}
@@ -494,7 +495,7 @@ def multiplier(dual):
 
 def dual(multiplier: float, shape=()):
     """The dual variable of a multiplier."""
-    return jnp.full(shape, multiplier + jnp.log(-jnp.expm1(-multiplier)))
+    return jnp.full(shape, multiplier + jnp.log(-jnp.expm1(-multiplier)), jnp.float32)
 
 
 def solve_temperature(q, epsilon: float, dual, args: Args):
@@ -661,7 +662,8 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
     path, new = run_dir / "config.json", {"id": uuid.uuid4().hex, "history": {}}
     config = json.loads(path.read_text()) if path.exists() else new
     config["args"] = config["history"][str(step)] = flags = args.model_dump()
-    path.write_text(json.dumps(config, indent=2))
+    path.with_suffix(".part").write_text(json.dumps(config, indent=2))
+    path.with_suffix(".part").replace(path)
     if args.track:
         options = {"sync_tensorboard": True, "monitor_gym": True, "save_code": True}
         options |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
@@ -674,7 +676,9 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
 
 def log_losses(writer: SummaryWriter, step: int, recent: list[dict]):
     """Logs the mean of each metric over recent updates, without those that skipped it (nan)."""
-    means = jax.tree.map(lambda *x: np.nanmean(x), *jax.device_get(recent))
+    means = jax.tree.map(
+        lambda *x: np.mean([y for y in x if y == y] or np.nan), *jax.device_get(recent)
+    )
     for name, mean in means.items():
         writer.add_scalar(f"losses/{name}", mean, step)
     if np.isnan(recent[-1]["qf_loss"]):
@@ -770,8 +774,8 @@ def main(args: Args):
     step, recent = int(buffer.count) * args.action_repeat, []
     writer = begin_log(run_dir, step, args)
     go_on = f"Go on with: python {shlex.join([sys.argv[0], '--run-dir', str(run_dir)])}"
-    interval = 0.1 if sys.stderr.isatty() else 60  # seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, desc=str(run_dir), mininterval=interval)
+    console = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
+    bar = tqdm(total=args.total_timesteps, initial=step, desc=str(run_dir), **console)
     try:
         obs, buffer = resume(env, buffer, args)
         while step < args.total_timesteps and not stop:
@@ -789,6 +793,7 @@ def main(args: Args):
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
                 buffer = next_episode(buffer)
                 obs = env.reset(args.seed, 0, int(buffer.episode))
+            bar.update(args.action_repeat)
             if due(step, args.log_frequency, args) and recent:
                 log_losses(writer, step, recent)
                 seconds = bar.format_dict["elapsed"]
@@ -799,13 +804,14 @@ def main(args: Args):
                 mean = results[-args.eval_episodes :, 3].mean()
                 writer.add_scalar("eval/episodic_return", mean, step)
                 bar.set_postfix_str(f"return {mean:.1f}")
-            bar.update(args.action_repeat)
             if due(step, args.checkpoint_frequency, args):
                 save(run_dir, env, args, buffer, state, results)
         save(run_dir, env, args, buffer, state, results)
     except (gym.error.Error, OSError) as error:
         save(run_dir, env, args, next_episode(buffer), state, results)
-        fail(f"{error}. {go_on}", code=1)
+        fail(f"{str(error).rstrip('.')}. {go_on}", code=1)
+    finally:
+        bar.close()
     if stop:
         fail(f"Stopped at step {step}. {go_on}", code=128 + stop[0])
 

@@ -99,7 +99,7 @@ class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
 
 def fail(message: str, code: int = 2):
     """Ends the program with a sentence on stderr; code 2 is bad usage."""
-    print(message, file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -109,14 +109,15 @@ def fail(message: str, code: int = 2):
 WANTED = "Ids are Gymnasium's, package:id or old_gym/id; tasks of DeepMind are for the dmc scripts."
 
 
-def make_env(args: Args, render_mode: str | None) -> gym.Env:
+def make_env(args: Args, **options) -> gym.Env:
     """An environment of Gymnasium, a package, the current directory, or the old OpenAI Gym."""
     sys.path.append(os.getcwd())
-    env_id, options = args.env_id, {"render_mode": render_mode} | json.loads(args.env_kwargs)
+    env_id, options = args.env_id, options | json.loads(args.env_kwargs)
+    options |= {"disable_env_checker": True}  # the old one fails on NumPy 2
     if env_id.startswith("old_gym/"):
         options = {"env_id": env_id.removeprefix("old_gym/"), "make_kwargs": options}
         env_id = "shimmy:GymV26Environment-v0"
-    env = gym.make(env_id, disable_env_checker=True, **options)
+    env = gym.make(env_id, **options)
     # Evaluation would wait for the end of an episode that has none.
     return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 10_000)
 
@@ -130,7 +131,7 @@ class Interface(gym.Wrapper):
     def __init__(self, args: Args, film: Path | None = None):
         gym.logger.min_level = gym.logger.ERROR
         try:
-            env = make_env(args, "rgb_array" if film else None)
+            env = make_env(args, **{"render_mode": "rgb_array"} if film else {})
             if film:
                 env.reset(), env.render()
                 env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode == 0)
@@ -357,7 +358,7 @@ def export(state: State, buffer: Buffer, env: Interface, args: Args) -> dict[str
     mean, std, clip = np.asarray(buffer.mean), np.sqrt(buffer.var) + np.float32(1e-6), 10.0
     if not args.normalize_obs:
         mean, std, clip = np.zeros_like(mean), np.ones_like(std), np.inf
-    arrays = {"obs_mean": mean, "obs_std": std, "obs_clip": clip, "squash": SQUASH}
+    arrays = {"obs_mean": mean, "obs_std": std, "obs_clip": np.float32(clip), "squash": SQUASH}
     for i, layer in enumerate(jax.device_get(state.actor.params["params"]).values()):
         arrays |= {f"{name}_{i}": x for name, x in layer.items()}
     return arrays | {"low": env.low, "high": env.high}
@@ -484,7 +485,7 @@ def multiplier(dual):
 
 def dual(multiplier: float, shape=()):
     """The dual variable of a multiplier."""
-    return jnp.full(shape, multiplier + jnp.log(-jnp.expm1(-multiplier)))
+    return jnp.full(shape, multiplier + jnp.log(-jnp.expm1(-multiplier)), jnp.float32)
 
 
 def solve_temperature(q, epsilon: float, dual, args: Args):
@@ -651,7 +652,8 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
     path, new = run_dir / "config.json", {"id": uuid.uuid4().hex, "history": {}}
     config = json.loads(path.read_text()) if path.exists() else new
     config["args"] = config["history"][str(step)] = flags = args.model_dump()
-    path.write_text(json.dumps(config, indent=2))
+    path.with_suffix(".part").write_text(json.dumps(config, indent=2))
+    path.with_suffix(".part").replace(path)
     if args.track:
         options = {"sync_tensorboard": True, "monitor_gym": True, "save_code": True}
         options |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
@@ -664,7 +666,9 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
 
 def log_losses(writer: SummaryWriter, step: int, recent: list[dict]):
     """Logs the mean of each metric over recent updates, without those that skipped it (nan)."""
-    means = jax.tree.map(lambda *x: np.nanmean(x), *jax.device_get(recent))
+    means = jax.tree.map(
+        lambda *x: np.mean([y for y in x if y == y] or np.nan), *jax.device_get(recent)
+    )
     for name, mean in means.items():
         writer.add_scalar(f"losses/{name}", mean, step)
     if np.isnan(recent[-1]["qf_loss"]):
@@ -760,8 +764,8 @@ def main(args: Args):
     step, recent = int(buffer.count) * args.action_repeat, []
     writer = begin_log(run_dir, step, args)
     go_on = f"Go on with: python {shlex.join([sys.argv[0], '--run-dir', str(run_dir)])}"
-    interval = 0.1 if sys.stderr.isatty() else 60  # seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, desc=str(run_dir), mininterval=interval)
+    console = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
+    bar = tqdm(total=args.total_timesteps, initial=step, desc=str(run_dir), **console)
     try:
         obs, buffer = resume(env, buffer, args)
         while step < args.total_timesteps and not stop:
@@ -779,6 +783,7 @@ def main(args: Args):
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"], step)
                 buffer = next_episode(buffer)
                 obs = env.reset(args.seed, 0, int(buffer.episode))
+            bar.update(args.action_repeat)
             if due(step, args.log_frequency, args) and recent:
                 log_losses(writer, step, recent)
                 seconds = bar.format_dict["elapsed"]
@@ -789,13 +794,14 @@ def main(args: Args):
                 mean = results[-args.eval_episodes :, 3].mean()
                 writer.add_scalar("eval/episodic_return", mean, step)
                 bar.set_postfix_str(f"return {mean:.1f}")
-            bar.update(args.action_repeat)
             if due(step, args.checkpoint_frequency, args):
                 save(run_dir, env, args, buffer, state, results)
         save(run_dir, env, args, buffer, state, results)
     except (gym.error.Error, OSError) as error:
         save(run_dir, env, args, next_episode(buffer), state, results)
-        fail(f"{error}. {go_on}", code=1)
+        fail(f"{str(error).rstrip('.')}. {go_on}", code=1)
+    finally:
+        bar.close()
     if stop:
         fail(f"Stopped at step {step}. {go_on}", code=128 + stop[0])
 

@@ -62,7 +62,7 @@ def main(flags: Flags) -> list[float]:
     if flags.render:
         os.environ.setdefault("MUJOCO_GL", "egl" if film else "glfw")
         make_env, mode = module.make_env, "rgb_array" if film else "human"
-        module.make_env = lambda args, _: make_env(args, mode)
+        module.make_env = lambda args: make_env(args, render_mode=mode)
     env, returns, frames = module.Interface(args), [], []
     if [*policy["obs_mean"].shape, policy["low"].size] != [env.obs_dim, env.low.size]:
         fail(f"{path} is not for {args.env_id}, whose observations or actions have other sizes.")

@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
 )
 
 import importlib.util
@@ -188,7 +188,7 @@ def use_probes(script, monkeypatch):
     def use(*arguments) -> list[Probe]:
         built = []
 
-        def make_env(args, render_mode):
+        def make_env(args, **options):
             built.append(Probe(*arguments))
             return ProbeEnv(built[-1])
 

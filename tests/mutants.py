@@ -1,636 +1,123 @@
-"""Defects that the tests must catch: each one a change of the text of a script.
+"""Runs the tests on scripts with the defects of mutants.txt, and prints what catches each.
 
-The first seven are those of the project's predecessor. A text is replaced only where it stands
-exactly once, so a mutant that no longer fits its script is an error and not a test that passes.
+python tests/mutants.py > tests/mutants.md
 """
 
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
+
+TESTS = Path(__file__).resolve().parent
+AGENTS = TESTS.parent / "agents"
 
 
 class Mutant(NamedTuple):
-    """A change to a script, and the test that has to fail because of it."""
+    """A change of the text of a script, and the test that has to fail because of it."""
 
     name: str
-    scripts: tuple[str, ...]
-    original: str
-    mutated: str
+    script: str
+    test: str  # file::test
     why: str
-    caught_by: str  # file::test
+    changes: list[tuple[str, str]]
 
-    def apply(self, text: str) -> str:
+    def apply(self, agents: Path = AGENTS) -> str:
         """The text of the script with the defect in it."""
-        if text.count(self.original) != 1:
-            raise ValueError(f"{self.name}: its text stands {text.count(self.original)} times")
-        return text.replace(self.original, self.mutated)
+        text = (agents / f"{self.script}.py").read_text()
+        for original, mutated in self.changes:
+            if text.count(original) != 1:
+                raise ValueError(f"{self}: the text stands {text.count(original)} times")
+            text = text.replace(original, mutated)
+        return text
+
+    def __str__(self):
+        return f"{self.script}__{self.name}"
 
 
-SAC, TD3, MPO = ("sac_dmc", "sac_gym"), ("td3_dmc", "td3_gym"), ("mpo_dmc", "mpo_gym")
-ALL = SAC + TD3 + MPO
-DMC, GYM = ("sac_dmc", "td3_dmc", "mpo_dmc"), ("sac_gym", "td3_gym", "mpo_gym")
-# Backends share the text of what an algorithm learns by: one stands for both.
-MPO_DMC = ("mpo_dmc",)
+def read() -> list[Mutant]:
+    """The mutants of mutants.txt."""
+    _, *records = (TESTS / "mutants.txt").read_text().strip().split("\n\n")
+    return [parse(record.splitlines()) for record in records]
 
-SHARED, ENVIRONMENTS = "test_shared_maths.py::", "test_environments.py::"
-TEST_MPO = "test_mpo.py::"
 
-MUTANTS = [
-    Mutant(
-        "polyak_swapped",
-        SAC,
-        "new_tensors=state.critic, old_tensors=state.target_critic",
-        "new_tensors=state.target_critic, old_tensors=state.critic",
-        "The target moves by 1 - tau, so there is no slow critic.",
-        SHARED + "test_targets_follow_by_tau",
-    ),
-    Mutant(
-        "polyak_swapped",
-        TD3,
-        """new_tensors=(actor, state.critic),
-            old_tensors=(state.target_actor, state.target_critic),""",
-        """old_tensors=(actor, state.critic),
-            new_tensors=(state.target_actor, state.target_critic),""",
-        "The targets move by 1 - tau, so there are no slow networks.",
-        SHARED + "test_targets_follow_by_tau",
-    ),
-    Mutant(
-        "greedy_training",
-        ALL,
-        "action, key = explore(state, obs, args)",
-        "action, key = act(state, obs[:, None], args)[:, 0], state.key",
-        "Training acts like evaluation, and never explores.",
-        ENVIRONMENTS + "test_training_explores",
-    ),
-    Mutant(
-        "explore_returns_the_mean",
-        SAC,
-        "return sample_action(state.actor, obs, action_key, args)[0], key",
-        "return jnp.tanh(policy(state.actor, obs, args)[0]), key",
-        "Exploring draws nothing.",
-        SHARED + "test_exploring_draws_new_actions_in_the_box_and_new_keys",
-    ),
-    Mutant(
-        "explore_returns_the_mean",
-        TD3,
-        "return jnp.clip(action + noise, -1, 1), key",
-        "return jnp.clip(action, -1, 1), key",
-        "Exploring adds nothing.",
-        SHARED + "test_exploring_draws_new_actions_in_the_box_and_new_keys",
-    ),
-    Mutant(
-        "time_limit_terminates",
-        DMC,
-        "terminated[i] = timestep.last() and timestep.discount == 0",
-        "terminated[i] = timestep.last()",
-        "The discount of the last step is ignored, so that time limits cut the bootstrap.",
-        ENVIRONMENTS + "test_the_time_limit_of_the_suite_truncates",
-    ),
-    Mutant(
-        "time_limit_stored_as_termination",
-        ALL,
-        "row = np.column_stack([obs, action, reward, ~terminated, ended, next_obs])",
-        "row = np.column_stack([obs, action, reward, ~ended, ended, next_obs])",
-        "Every end of an episode is stored as a termination.",
-        ENVIRONMENTS + "test_the_stored_discount_is_0_at_terminations_only",
-    ),
-    Mutant(
-        "last_allowed_step_never_terminates",
-        GYM,
-        "truncated &= ~terminated",
-        "terminated &= ~truncated",
-        "A termination in the last allowed step is taken for the time limit.",
-        ENVIRONMENTS + "test_a_termination_in_the_last_allowed_step_terminates",
-    ),
-    Mutant(
-        "log_prob_averaged",
-        SAC,
-        "return jnp.tanh(u), (log_normal - log_slope).sum(axis=-1)",
-        "return jnp.tanh(u), (log_normal - log_slope).mean(axis=-1)",
-        "The log-probability is that of an average action dimension.",
-        "test_sac.py::test_the_log_probability_is_the_sum_over_action_dimensions",
-    ),
-    Mutant(
-        "log_prob_not_summed",
-        SAC,
-        "return jnp.tanh(u), (log_normal - log_slope).sum(axis=-1)",
-        "return jnp.tanh(u), log_normal.mean(axis=-1) - log_slope.sum(axis=-1)",
-        "Only the correction is summed over action dimensions, as in the predecessor.",
-        "test_sac.py::test_the_reported_entropy_is_summed_over_action_dimensions",
-    ),
-    Mutant(
-        "critic_sees_another_action",
-        ALL,
-        "row = np.column_stack([obs, action, reward,",
-        "row = np.column_stack([obs, np.tanh(action), reward,",
-        "The critics learn about tanh(a) while the environment receives a.",
-        ENVIRONMENTS + "test_the_stored_action_is_the_executed_one",
-    ),
-    Mutant(
-        "one_bound_for_all_dimensions",
-        ALL,
-        "(self.high - self.low) / 2",
-        "(self.high[0] - self.low[0]) / 2",
-        "The scale of the first action dimension is used for all.",
-        ENVIRONMENTS + "test_every_dimension_of_an_action_has_its_own_bounds",
-    ),
-    Mutant(
-        "symmetric_bounds",
-        ALL,
-        "self.low + (action.astype(np.float64) + 1) * (self.high - self.low) / 2",
-        "action.astype(np.float64) * self.high",
-        "Bounds are taken to be symmetric.",
-        ENVIRONMENTS + "test_every_dimension_of_an_action_has_its_own_bounds",
-    ),
-    Mutant(
-        "flag_without_a_type",
-        ALL,
-        "gamma: float = 0.99",
-        "gamma: str = 0.99",
-        "A number given on the command line arrives as a string.",
-        ENVIRONMENTS + "test_every_number_given_as_a_flag_arrives_as_a_number",
-    ),
-    Mutant(
-        "larger_critic",
-        ALL,
-        "return q.min(axis=0) if",
-        "return q.max(axis=0) if",
-        "Targets take the larger critic, and overestimate.",
-        SHARED + "test_the_target_takes_the_smaller_critic_whichever_it_is",
-    ),
-    Mutant(
-        "termination_bootstraps",
-        ALL,
-        "batch.reward + args.gamma * batch.discount *",
-        "batch.reward + args.gamma *",
-        "The value after a termination counts.",
-        SHARED + "test_the_target_at_a_termination_is_the_reward_exactly",
-    ),
-    Mutant(
-        "target_not_stopped",
-        SAC + TD3,
-        "lambda p: critic_loss(p, batch, target, args)",
-        # The key is cloned: using it twice would be caught as such, not as a gradient.
-        "lambda p: critic_loss(p, batch, td_target(state._replace(target_critic=p), batch, "
-        "jax.random.clone(target_key), args), args)",
-        "The gradient flows through the target.",
-        SHARED + "test_the_critics_descend_the_error_to_a_fixed_target",
-    ),
-    Mutant(
-        "noise_not_clipped",
-        TD3,
-        "noise = jnp.clip(noise, -args.noise_clip, args.noise_clip)",
-        "noise = noise * 1.0",
-        "The noise on target actions has no bound.",
-        "test_td3.py::test_smoothing_obeys_its_flags",
-    ),
-    Mutant(
-        "one_noise_for_the_batch",
-        TD3,
-        "args.policy_noise * jax.random.normal(key, batch.action.shape)",
-        "args.policy_noise * jax.random.normal(key, (1, batch.action.shape[1]))",
-        "All samples share one draw of the noise.",
-        "test_td3.py::test_smoothing_is_clipped_gaussian_noise_of_its_own_for_every_sample",
-    ),
-    Mutant(
-        "target_from_the_fast_actor",
-        TD3,
-        "policy(state.target_actor, batch.next_obs, args)",
-        "policy(state.actor, batch.next_obs, args)",
-        "Targets use the actor that is being trained.",
-        "test_td3.py::test_targets_come_from_the_slow_networks",
-    ),
-    Mutant(
-        "no_delay",
-        TD3,
-        "every(args.policy_frequency, delayed, state)",
-        "every(1, delayed, state)",
-        "The actor and the targets move at every update.",
-        "test_td3.py::test_the_actor_and_all_targets_move_at_every_second_update",
-    ),
-    Mutant(
-        "actor_descends",
-        TD3,
-        "loss = -q_values(first, batch.obs, action, args)[0].mean()",
-        "loss = q_values(first, batch.obs, action, args)[0].mean()",
-        "The actor goes where values are low.",
-        SHARED + "test_the_actor_ascends_the_critics_just_updated",
-    ),
-    Mutant(
-        "entropy_punished",
-        SAC,
-        "next_v = next_q - jnp.exp(state.log_alpha) * log_prob",
-        "next_v = next_q + jnp.exp(state.log_alpha) * log_prob",
-        "Values fall with entropy.",
-        "test_sac.py::test_a_soft_value_holds_alpha_times_the_entropy",
-    ),
-    Mutant(
-        "log_alpha_for_alpha",
-        SAC,
-        "loss = (jnp.exp(state.log_alpha) * log_prob - q).mean()",
-        "loss = (state.log_alpha * log_prob - q).mean()",
-        "The logarithm of alpha weighs the entropy.",
-        "test_sac.py::test_the_actor_descends_alpha_log_prob_minus_the_smaller_value",
-    ),
-    Mutant(
-        "alpha_runs_away",
-        SAC,
-        "loss = log_alpha * (entropy - target_entropy)",
-        "loss = log_alpha * (target_entropy - entropy)",
-        "Alpha falls while entropy is short.",
-        "test_sac.py::test_updates_raise_alpha_when_entropy_is_short_and_lower_it_else",
-    ),
-    Mutant(
-        "std_for_log_std",
-        SAC,
-        "u = mean + jnp.exp(log_std) * noise",
-        "u = mean + log_std * noise",
-        "The logarithm of the deviation is used as the deviation.",
-        "test_sac.py::test_exploring_samples_the_gaussian_of_the_actor",
-    ),
-    Mutant(
-        "variance_for_deviation",
-        ALL,
-        "(moments.mean, jnp.sqrt(moments.var))",
-        "(moments.mean, moments.var)",
-        "Observations are divided by their variance.",
-        SHARED + "test_normalised_observations_have_mean_0_and_variance_1_within_10",
-    ),
-    Mutant(
-        "moments_keep_their_start",
-        ALL,
-        "moments.var + (jnp.square(delta) * (1 - 1 / count) - moments.var) / count",
-        "moments.var + (jnp.square(delta) - moments.var) / (count + 1)",
-        "The variance before the first observation counts as one.",
-        SHARED + "test_running_moments_are_those_of_all_observations_inserted",
-    ),
-    Mutant(
-        "samples_empty_rows",
-        ALL,
-        "0, jnp.minimum(count, capacity))",
-        "0, capacity)",
-        "Rows that were never inserted are sampled.",
-        SHARED + "test_only_inserted_transitions_are_sampled_and_all_of_them",
-    ),
-    Mutant(
-        "stores_the_reset_observation",
-        ALL,
-        "~terminated, ended, next_obs])",
-        "~terminated, ended, obs])",
-        "A transition does not hold what its step led to.",
-        ENVIRONMENTS + "test_stored_transitions_lead_to_each_other_but_not_across_episodes",
-    ),
-    Mutant(
-        "windows_cross_episodes",
-        ALL,
-        "1 - ended[:, :-1]",
-        "1 - 0 * ended[:, :-1]",
-        "Rewards of the next episode count towards the return of this one.",
-        SHARED + "test_windows_of_n_steps_are_those_of_a_loop_over_episodes",
-    ),
-    Mutant(
-        "windows_cross_the_ring",
-        ALL,
-        "(start - count) % capacity + offset < capacity",
-        "start + offset < capacity + start",
-        "Windows run on from the newest transition into the oldest.",
-        SHARED + "test_windows_of_n_steps_are_those_of_a_loop_over_episodes",
-    ),
-    Mutant(
-        "explore_returns_the_mean",
-        MPO,
-        "return jnp.clip(mean + stddev * jax.random.normal(action_key, mean.shape), -1, 1), key",
-        "return jnp.clip(mean, -1, 1), key",
-        "Exploring draws nothing, as in the predecessor.",
-        SHARED + "test_exploring_draws_new_actions_in_the_box_and_new_keys",
-    ),
-    Mutant(
-        "explore_leaves_the_box",
-        MPO,
-        "return jnp.clip(mean + stddev * jax.random.normal(action_key, mean.shape), -1, 1), key",
-        "return mean + stddev * jax.random.normal(action_key, mean.shape), key",
-        "Actions beyond the bounds are stored and executed.",
-        TEST_MPO + "test_exploring_samples_the_gaussian_and_clips_it",
-    ),
-    Mutant(
-        "critic_evaluates_another_action",
-        MPO,
-        "jnp.moveaxis(jnp.clip(actions, -1, 1), 0, 1)",
-        "jnp.moveaxis(jnp.tanh(actions), 0, 1)",
-        "The critics are asked about tanh(u), and the environment receives clip(u).",
-        TEST_MPO + "test_critics_see_actions_as_the_environment_does",
-    ),
-    Mutant(
-        "greedy_tanh",
-        MPO,
-        "return jnp.clip(policy(state.actor, normalize(obs, state.moments, args), args)[0], -1, 1)",
-        "return jnp.tanh(policy(state.actor, normalize(obs, state.moments, args), args)[0])",
-        "Evaluation maps the mean to the box in another way than exploring does.",
-        TEST_MPO + "test_greedy_actions_are_the_clipped_mean",
-    ),
-    Mutant(
-        "deviation_for_variance_mean",
-        MPO,
-        "move = (new_mean - mean) / new_stddev",
-        "move = (new_mean - mean) / jnp.sqrt(new_stddev)",
-        "The KL of means is fed deviations for variances: too small by the factor sigma.",
-        TEST_MPO + "test_the_kl_of_gaussians_is_the_expected_log_ratio",
-    ),
-    Mutant(
-        "deviation_for_variance_stddev",
-        MPO,
-        "return change + jnp.expm1(-2 * change) / 2",
-        "return change / 2 + jnp.expm1(-change) / 2",
-        "The KL of deviations is fed these for variances: 4 times too small.",
-        TEST_MPO + "test_the_kl_of_small_steps_is_accurate",
-    ),
-    Mutant(
-        "log_prob_averaged",
-        MPO,
-        "return -jnp.square(noise).sum(axis=-1) / 2",
-        "return -jnp.square(noise).mean(axis=-1) / 2",
-        "The likelihood is averaged over action dimensions: too light beside the summed KLs.",
-        TEST_MPO + "test_the_log_density_is_summed_over_action_dimensions",
-    ),
-    Mutant(
-        "target_not_stopped",
-        MPO,
-        "lambda p: critic_loss(p, batch, target, args)",
-        "lambda p: critic_loss(p, batch, td_target(batch, sampled_values(p, batch.next_obs, "
-        "actions, args), args), args)",
-        "The gradient flows through the target.",
-        SHARED + "test_the_critics_descend_the_error_to_a_fixed_target",
-    ),
-    Mutant(
-        "target_from_the_fast_actor",
-        MPO,
-        "actions = sample_actions(state.target_actor,",
-        "actions = sample_actions(state.actor,",
-        "Actions are sampled from the actor that is being trained.",
-        TEST_MPO + "test_an_update_follows_the_target_networks",
-    ),
-    Mutant(
-        "target_from_the_fast_critic",
-        MPO_DMC,
-        "next_q = sampled_values(state.target_critic,",
-        "next_q = sampled_values(state.critic,",
-        "Targets and weights use the critics that are being trained.",
-        TEST_MPO + "test_an_update_follows_the_target_networks",
-    ),
-    Mutant(
-        "targets_swapped",
-        MPO,
-        "target_actor=state.actor, target_critic=state.critic), {}",
-        "actor=state.target_actor, critic=state.target_critic), {}",
-        "The online networks are set back, and the targets never move.",
-        TEST_MPO + "test_targets_are_copies_every_period",
-    ),
-    Mutant(
-        "target_actor_forgotten",
-        MPO_DMC,
-        "target_actor=state.actor, target_critic=state.critic), {}",
-        "target_critic=state.critic), {}",
-        "The policy never leaves the trust region of the first one.",
-        TEST_MPO + "test_targets_are_copies_every_period",
-    ),
-    Mutant(
-        "smaller_critic_of_each_sample",
-        MPO_DMC,
-        "next_v = reduced(next_q.mean(axis=1), args)",
-        "next_v = reduced(next_q, args).mean(axis=0)",
-        "The expectation is that of smaller values, below the smaller expected value.",
-        TEST_MPO + "test_the_target_is_the_smaller_expected_value",
-    ),
-    Mutant(
-        "target_of_one_sample",
-        MPO_DMC,
-        "next_v = reduced(next_q.mean(axis=1), args)",
-        "next_v = reduced(next_q[:, 0], args)",
-        "The target ignores all sampled actions but one, as in the predecessor.",
-        TEST_MPO + "test_the_target_is_the_smaller_expected_value",
-    ),
-    Mutant(
-        "noise_shared_by_states",
-        MPO_DMC,
-        "noise = jax.random.normal(key, (args.action_samples, *mean.shape))",
-        "noise = jax.random.normal(key, (args.action_samples, 1, mean.shape[1]))",
-        "All states share the noise of their samples.",
-        TEST_MPO + "test_sampled_actions_are_those_of_the_policy_in_their_state",
-    ),
-    Mutant(
-        "state_half_forgotten",
-        MPO_DMC,
-        '"bias": obs @ from_obs + layer["bias"]}',
-        '"bias": layer["bias"]}',
-        "The critics on sampled actions do not see the state.",
-        TEST_MPO + "test_values_of_sampled_actions_are_those_of_the_critics",
-    ),
-    Mutant(
-        "e_step_of_the_smaller_critic",
-        MPO_DMC,
-        "q = next_q.mean(axis=0)",
-        "q = next_q.min(axis=0)",
-        "Weights are made of the smaller critic of every sample.",
-        TEST_MPO + "test_an_update_follows_the_target_networks",
-    ),
-    Mutant(
-        "m_step_in_other_states",
-        MPO_DMC,
-        "actor_loss(p, state, batch.next_obs,",
-        "actor_loss(p, state, batch.obs,",
-        "The policy is fitted in other states than its actions were sampled in.",
-        TEST_MPO + "test_an_update_follows_the_target_networks",
-    ),
-    Mutant(
-        "weights_over_states",
-        MPO_DMC,
-        "(q - q.max(axis=0, keepdims=True)) / temperature, axis=0)",
-        "q / temperature, axis=1)",
-        "Weights add up over states, not over the actions of a state.",
-        TEST_MPO + "test_the_mean_kl_of_the_weights_is_the_bound",
-    ),
-    Mutant(
-        "penalty_forgotten",
-        MPO_DMC,
-        "weights += penalty_weights",
-        "weights += 0 * penalty_weights",
-        "Nothing keeps samples near the box.",
-        TEST_MPO + "test_an_update_follows_the_target_networks",
-    ),
-    Mutant(
-        "penalty_squared",
-        MPO_DMC,
-        "return -jnp.linalg.norm(actions - jnp.clip(actions, -1, 1), axis=-1)",
-        "return -jnp.square(actions - jnp.clip(actions, -1, 1)).sum(axis=-1)",
-        "Far samples are penalised out of proportion to near ones.",
-        TEST_MPO + "test_the_penalty_is_the_distance_from_the_box",
-    ),
-    Mutant(
-        "kl_reversed",
-        MPO_DMC,
-        "return change + jnp.expm1(-2 * change) / 2",
-        "return -change + jnp.expm1(2 * change) / 2",
-        "The KL is that of the new policy to the old one.",
-        TEST_MPO + "test_the_kl_of_gaussians_is_the_expected_log_ratio",
-    ),
-    Mutant(
-        "m_step_coupled",
-        MPO_DMC,
-        "log_prob(actions, mean, old_stddev) + log_prob(actions, old_mean, stddev)",
-        "2 * log_prob(actions, mean, stddev)",
-        "Mean and deviation are fitted together.",
-        TEST_MPO + "test_the_m_step_is_weighted_likelihood_and_weighted_kls",
-    ),
-    Mutant(
-        "total_kl_averaged",
-        MPO_DMC,
-        "kl_mean.sum(keepdims=True)",
-        "kl_mean.mean(keepdims=True)",
-        "The bound on the total holds for the average of dimensions.",
-        TEST_MPO + "test_the_m_step_is_weighted_likelihood_and_weighted_kls",
-    ),
-    Mutant(
-        "multiplier_runs_away",
-        MPO_DMC,
-        "(alpha_mean * (args.epsilon_mean - kl_mean))",
-        "(alpha_mean * (kl_mean - args.epsilon_mean))",
-        "Multipliers fall while their KL is above the bound.",
-        TEST_MPO + "test_a_multiplier_rises_while_its_kl_is_above_the_bound",
-    ),
-    Mutant(
-        "multiplier_without_floor",
-        MPO_DMC,
-        "lambda x: jnp.maximum(x, -18), duals",
-        "lambda x: x, duals",
-        "Dual variables fall to where their gradient is 0.",
-        TEST_MPO + "test_dual_variables_stay_where_they_can_come_back_from",
-    ),
-    Mutant(
-        "head_not_small",
-        MPO_DMC,
-        "lambda x: 0.01 * x",
-        "lambda x: x",
-        "The first policy leans to one side.",
-        TEST_MPO + "test_the_first_policy_is_wide_and_central",
-    ),
-    Mutant(
-        "newton_in_an_open_bracket",
-        MPO_DMC,
-        "inside = (low <= x - step) & (x - step <= high)",
-        "inside = (low < x - step) & (x - step < high)",
-        "Bisection throws a solution away that is an end of its own bracket.",
-        TEST_MPO + "test_newton_finds_the_temperature_at_every_scale",
-    ),
-    Mutant(
-        "newton_without_allowance",
-        MPO_DMC,
-        "jnp.maximum(move / 2, 1e-2)",
-        "move / 2",
-        "Bisection throws a solution away because of rounding.",
-        TEST_MPO + "test_newton_finds_the_temperature_at_every_scale",
-    ),
-    Mutant(
-        "newton_without_bisection",
-        MPO_DMC,
-        "jnp.where(inside & shrinks, x - step, (low + high) / 2)",
-        "x - step",
-        "Nothing keeps the iteration from diverging.",
-        TEST_MPO + "test_newton_finds_the_temperature_at_every_scale",
-    ),
-    Mutant(
-        "newton_of_five_steps",
-        MPO_DMC,
-        "fori_loop(0, 12,",
-        "fori_loop(0, 5,",
-        "Hard problems are left unsolved.",
-        TEST_MPO + "test_newton_finds_the_temperature_at_every_scale",
-    ),
-    Mutant(
-        "temperature_with_absolute_floor",
-        MPO_DMC,
-        "return scale * jnp.exp(-x)",
-        "return jnp.maximum(1e-6, scale * jnp.exp(-x))",
-        "Small values never get weights of their own.",
-        TEST_MPO + "test_newton_finds_the_temperature_at_every_scale",
-    ),
-    Mutant(
-        "small_kl_rounded",
-        MPO_DMC,
-        "((1 + excess) * log_ratio - excess)",
-        "((1 + excess) * log_ratio)",
-        "A small KL is lost in the rounding of weights.",
-        TEST_MPO + "test_a_small_bound_is_met_in_spite_of_rounding",
-    ),
-    Mutant(
-        "slsqp_not_scaled",
-        MPO_DMC,
-        "scale = jnp.maximum(q.std(axis=0).mean() / jnp.sqrt(2 * epsilon), 1e-20)",
-        "scale = 1.0",
-        "SLSQP's tolerance is absolute, as in the predecessor: small values are not solved for.",
-        TEST_MPO + "test_slsqp_agrees_with_newton",
-    ),
-    Mutant(
-        "slsqp_divides_by_0",
-        MPO_DMC,
-        "jnp.sqrt(2 * epsilon), 1e-20)",
-        "jnp.sqrt(2 * epsilon), 0.0)",
-        "Values that are all the same have no scale.",
-        TEST_MPO + "test_slsqp_agrees_with_newton",
-    ),
-    Mutant(
-        "slsqp_traces_again",
-        MPO_DMC,
-        "value, slope = dual_and_slope(",
-        "value, slope = jax.value_and_grad(temperature_loss)(",
-        "The gradient is traced at every call, as in the predecessor.",
-        TEST_MPO + "test_solvers_share_an_update",
-    ),
-    *(
-        Mutant(
-            f"checkpoint_forgets_{what}",
-            scripts,
-            "state = state._replace(key=jax.random.wrap_key_data(state.key))",
-            f"state = state._replace(key=jax.random.wrap_key_data(state.key), {forgotten})",
-            "A resumed run is another run.",
-            "test_resume.py::test_raised_total",
-        )
-        for what, scripts, forgotten in [
-            ("targets", ("sac_dmc", "td3_gym", "mpo_dmc"), "target_critic=state.critic"),
-            (
-                "optimisers",
-                ("sac_gym", "td3_dmc"),
-                "critic_opt=jax.tree.map(jnp.zeros_like, state.critic_opt)",
-            ),
-            ("counters", ("sac_dmc", "mpo_gym"), "step=0 * state.step"),
-            (
-                "moments",
-                ("sac_dmc", "td3_dmc"),
-                "moments=jax.tree.map(jnp.zeros_like, state.moments)",
-            ),
-            ("alpha", ("sac_gym",), "log_alpha=0 * state.log_alpha"),
-            ("duals", ("mpo_dmc",), "duals=jax.tree.map(jnp.zeros_like, state.duals)"),
-        ]
-    ),
-    Mutant(
-        "checkpoint_forgets_keys",
-        ("sac_dmc", "td3_gym", "mpo_gym"),
-        "key=jax.random.wrap_key_data(state.key)",
-        "key=jax.random.split(jax.random.key(0), len(state.key))",
-        "A resumed run draws numbers that it has drawn before.",
-        "test_resume.py::test_raised_total",
-    ),
-    Mutant(
-        "checkpoint_forgets_the_buffer",
-        ("sac_dmc", "td3_gym"),
-        'jax.tree.map(jnp.asarray, saved["buffer"])',
-        'jax.tree.map(jnp.zeros_like, saved["buffer"])',
-        "A resumed run learns from nothing at first.",
-        "test_resume.py::test_raised_total",
-    ),
-    Mutant(
-        "checkpoint_forgets_the_episode",
-        ("sac_dmc", "td3_gym"),
-        "obs = envs.replay(",
-        "obs = envs.reset_all() if envs else (",
-        "A resumed run begins new episodes.",
-        "test_resume.py::test_raised_total",
-    ),
-]
+def parse(lines: list[str]) -> Mutant:
+    """A mutant from its lines; a change begins with the first - after a +."""
+    changes, last = [], "+"
+    for line in lines[2:]:
+        sign, text = line[0], line[2:]
+        if (last, sign) == ("+", "-"):
+            changes.append({"-": [], "+": []})
+        changes[-1][sign].append(text)
+        last = sign
+    pairs = [tuple("\n".join(change[sign]) for sign in "-+") for change in changes]
+    return Mutant(*lines[0].split(), lines[1], pairs)
+
+
+def run(mutants: list[Mutant], agents: Path = AGENTS) -> dict[str, set[str]]:
+    """Outcomes of each mutant's test, all its parameters together, with and without the defect.
+
+    One pytest runs them all, so that what they have in common compiles once.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, wanted = Path(name), set()
+        for mutant in mutants:
+            file, test = mutant.test.split("::")
+            (folder / f"{mutant.script}.py").write_text(
+                (agents / f"{mutant.script}.py").read_text()
+            )
+            (folder / f"{mutant}.py").write_text(mutant.apply(agents))
+            wanted |= {f"{file}.py::{test}[{script}]" for script in (mutant.script, mutant)}
+        chosen, report = folder / "chosen.txt", folder / "report.xml"
+        chosen.write_text("\n".join(wanted))
+        files = sorted({str(TESTS / test.split("::")[0]) for test in wanted})
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+        command += ["--tb=no", f"--agents={folder}", f"--only={chosen}", f"--junit-xml={report}"]
+        done = subprocess.run(command + files, cwd=TESTS.parent, capture_output=True, text=True)
+        assert report.exists(), done.stdout + done.stderr
+        return outcomes(report)
+
+
+def outcomes(report: Path) -> dict[str, set[str]]:
+    """What a JUnit report says of each file::test[script]."""
+    found = defaultdict(set)
+    for case in ElementTree.parse(report).iter("testcase"):
+        name, _, parameters = case.get("name").partition("[")
+        file = case.get("classname").rpartition(".")[2]
+        script = next(x for x in parameters.rstrip("]").split("-") if x.endswith(ENDS) or "__" in x)
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        found[f"{file}::{name}[{script}]"] |= kinds or {"passed"}
+    return found
+
+
+ENDS = "_dmc", "_gym"
+
+
+def survivors(mutants: list[Mutant], agents: Path = AGENTS) -> dict[Mutant, str]:
+    """The mutants that their tests do not catch, and why that is so."""
+    found, alive = run(mutants, agents), {}
+    for mutant in mutants:
+        before, after = (found[f"{mutant.test}[{x}]"] for x in (mutant.script, mutant))
+        if before != {"passed"}:
+            alive[mutant.name, mutant.script] = f"{mutant.test} without the defect: {before}"
+        elif "failure" not in after:
+            alive[mutant.name, mutant.script] = f"{mutant.test} with the defect: {after}"
+    return alive
+
+
+def main():
+    """Prints the table; ends with an error if a mutant survives."""
+    mutants = read()
+    alive = survivors(mutants)
+    print("# What catches each defect\n\nMade by `python tests/mutants.py > tests/mutants.md`.\n")
+    print("| defect | script | what goes wrong | caught by |\n|---|---|---|---|")
+    for mutant in mutants:
+        test = alive.get((mutant.name, mutant.script), f"`{mutant.test}`")
+        print(f"| {mutant.name} | {mutant.script} | {mutant.why} | {test} |")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()

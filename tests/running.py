@@ -121,4 +121,6 @@ def assert_same_run(a: Path, b: Path):
         {tag: x if "losses" not in tag else [step for step, _ in x] for tag, x in tags.items()}
         for tags in (scalars(a), scalars(b))
     )
-    assert ours == theirs != {}
+    assert ours.keys() == theirs.keys() != set()
+    for tag, points in ours.items():
+        assert points == theirs[tag], (tag, sorted(set(points) ^ set(theirs[tag])), points, theirs[tag])

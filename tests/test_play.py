@@ -54,9 +54,9 @@ def test_plays_a_policy_that_lies_alone(runs, tmp_path):
 def test_films_the_first_episode(runs, tmp_path, monkeypatch):
     script, film, modes = load(AGENTS / "mpo_gym.py"), tmp_path / "film.mp4", []
 
-    def make_env_that_draws(args, render_mode, make_env=script.make_env):
-        modes.append(render_mode)
-        env = make_env(args, None)
+    def make_env_that_draws(args, make_env=script.make_env, **options):
+        modes.append(options["render_mode"])
+        env = make_env(args)
         env.unwrapped.render = lambda: np.zeros((64, 64, 3), np.uint8)
         return env
 

@@ -44,7 +44,7 @@ def record(script, tmp_path_factory):
             return RECORDINGS[key]
         probes = []
 
-        def make_env(args, render_mode):
+        def make_env(args, **options):
             probes.append(Probe(scale * LOW, scale * HIGH, ENDINGS))
             return ProbeEnv(probes[-1])
 

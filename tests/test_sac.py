@@ -6,26 +6,13 @@ import numpy as np
 import oracles
 import pytest
 from conftest import small_args
-from oracles import (
-    ACT,
-    BATCH,
-    OBS,
-    assert_close,
-    compiled,
-    constant,
-    constant_critics,
-    finite_differences,
-    float64,
-    init,
-    linear_args,
-    perturbed_state,
-    random_batch,
-    replaced,
-    same_observations,
-    td_target,
-    update,
-)
 from scipy import integrate, optimize, stats
+
+from oracles import (  # isort: skip
+    ACT, BATCH, OBS, assert_close, compiled, constant, constant_critics, finite_differences,
+    float64, init, linear_args, perturbed_state, random_batch, replaced, same_observations,
+    td_target, update,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.algorithms("sac"), pytest.mark.backends("dmc")]
 

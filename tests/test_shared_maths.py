@@ -11,36 +11,13 @@ import numpy as np
 import oracles
 import pytest
 from conftest import small_args
-from oracles import (
-    ACT,
-    BATCH,
-    DESCENT,
-    OBS,
-    REST,
-    always,
-    assert_close,
-    assert_equal,
-    compiled,
-    constant_critics,
-    difference,
-    finite_differences,
-    float64,
-    init,
-    linear_args,
-    moved,
-    noiseless,
-    optimised,
-    params_of,
-    perturbed,
-    perturbed_state,
-    random_batch,
-    replaced,
-    same_observations,
-    shapes,
-    step_sizes,
-    td_target,
-    update,
-)
+
+from oracles import (  # isort: skip
+    ACT, BATCH, DESCENT, OBS, REST, always, assert_close, assert_equal, compiled, constant_critics,
+    difference, finite_differences, float64, init, linear_args, moved, noiseless, optimised,
+    params_of, perturbed, perturbed_state, random_batch, replaced, same_observations, shapes,
+    step_sizes, td_target, update,
+)  # fmt: skip
 
 pytestmark = pytest.mark.backends("dmc")
 ONE_SCRIPT = pytest.mark.algorithms("sac")

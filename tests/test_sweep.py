@@ -127,11 +127,10 @@ def test_a_real_script_goes_on(tmp_path, monkeypatch):
         args = sweep.Args((str(script),), ("pendulum-swingup",), (0,), steps, Path("results"))
         (run,) = sweep.make_runs(args, flags)
         assert sweep.evaluated(run) == before and not sweep.is_finished(run)
-        assert sweep.run_script(run, {}, 0) is None
-        assert sweep.is_finished(run)
-    name = "td3copy_dmc__pendulum-swingup__0"
-    assert sweep.read_config(Path("results") / name)["exp_name"] == "td3copy_dmc"
-    wall, attempts = (table(Path("results") / x, name) for x in ("wall.csv", "runs.csv"))
+        assert sweep.run_script(run, {}, 0) is None and sweep.is_finished(run)
+    assert sweep.read_config(run.directory)["exp_name"] == "td3copy_dmc"
+    files = (run.directory.parent / x for x in ("wall.csv", "runs.csv"))
+    wall, attempts = (table(file, "td3copy_dmc__pendulum-swingup__0") for file in files)
     assert [row["global_step"] for row in wall] == ["200", "400"] and len(attempts) == 2
     assert {x["sha256"] for x in attempts} == {hashlib.sha256(script.read_bytes()).hexdigest()}
     assert "jax " in attempts[0]["versions"] and "cores" in attempts[0]["machine"]
@@ -177,21 +176,18 @@ def test_interrupted_and_lost(tmp_path):
     node = cluster.add_node(num_cpus=1)
     options = (["well"], [0, 1], 200, "--address", cluster.address, "--", "--step-seconds", 0.05)
     process = start(results, FAKE, *options)
-    while not any(results.glob("*/eval.csv")):
-        assert process.poll() is None
+    while not any(results.glob("*/eval.csv")) and process.poll() is None:
         time.sleep(1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 130 and "goes on from the checkpoints" in output, output
-    states = list(results.glob("*/checkpoint/state.json"))
-    assert len(states) == 1  # the node has one core
-    assert 0 < json.loads(states[0].read_text())["step"] < 200
+    (state,) = results.glob("*/checkpoint/state.json")  # of one run, as the node has one core
+    assert 0 < json.loads(state.read_text())["step"] < 200
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not any(states[0].parents[1].name.encode() in x for x in processes)
+    assert not any(state.parents[1].name.encode() in x for x in processes)
 
     process = start(results, FAKE, *options)
-    while (results / "runs.csv").read_text().count("\n") < 3:
-        assert process.poll() is None
+    while (results / "runs.csv").read_text().count("\n") < 3 and process.poll() is None:
         time.sleep(1)
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=1)

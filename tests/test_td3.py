@@ -5,26 +5,12 @@ import numpy as np
 import oracles
 import pytest
 from conftest import small_args
-from oracles import (
-    ACT,
-    BATCH,
-    OBS,
-    action_critics,
-    assert_close,
-    compiled,
-    constant,
-    constant_critics,
-    init,
-    linear_args,
-    moved,
-    params_of,
-    random_batch,
-    replaced,
-    same_observations,
-    td_target,
-    update,
-)
 from scipy import integrate, stats
+
+from oracles import (  # isort: skip
+    ACT, BATCH, OBS, action_critics, assert_close, compiled, constant, constant_critics, init,
+    linear_args, moved, params_of, random_batch, replaced, same_observations, td_target, update,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.algorithms("td3"), pytest.mark.backends("dmc")]
 

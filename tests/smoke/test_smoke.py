@@ -137,7 +137,8 @@ def test_policy(script, run):
     """policy.npz acts as JAX does without noise, in the README also in the environment's units."""
     policy, env = arrays(run.directory / "policy.npz"), script.Interface(run.args)
     obs = np.random.default_rng(0).normal(0, 1, (50, env.obs_dim))
-    obs = np.float32(run.after.buffer.mean + np.sqrt(run.after.buffer.var) * obs)
+    mean, var = np.asarray(run.after.buffer.mean), np.asarray(run.after.buffer.var)
+    obs = np.float32(mean + np.sqrt(var) * obs)
     wanted = np.asarray(greedy(script, run, obs))
     assert np.ptp(wanted, axis=0).min() > 1e-3
     ours = [script.greedy_action(policy, x) for x in obs]
