@@ -22,31 +22,27 @@ class Killed(BaseException):
 
 def run(script, args, killed_at: int | None = None):
     """`main`, killed in the action with this number, after the environment's step."""
-    insert, calls, writers = script.insert, [], []
+    insert, actions, writers = script.insert, itertools.count(1), []
 
     def insert_or_die(*inputs):
-        calls.append(None)
-        if len(calls) == killed_at:
+        if next(actions) == killed_at:
             raise Killed
         return insert(*inputs)
 
-    def writer(*args, **kwargs):
-        # Files of the same second would have the same name.
-        writers.append(SummaryWriter(*args, **kwargs, filename_suffix=f".{next(NUMBERS)}"))
+    def writer(*inputs, **options):
+        # Files of the same second would have the same name; the end of a process closes them.
+        writers.append(SummaryWriter(*inputs, **options, filename_suffix=f".{next(NUMBERS)}"))
         return writers[-1]
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    # The checks of conftest.py take a third of the time; the tests of the mathematics have them on.
+    with contextlib.ExitStack() as stack, jax.debug_key_reuse(False):
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(script, "insert", insert_or_die)
-        patch.setattr(script, "SummaryWriter", writer)  # to close them as the end of a process does
+        patch.setattr(script, "SummaryWriter", writer)
         stack.callback(lambda: [writer.close() for writer in writers])
         if killed_at is not None:
             stack.enter_context(pytest.raises(Killed))
         script.main(args)
-
-
-def go_on(script, *words: str, killed_at: int | None = None):
-    """`python SCRIPT --run-dir run WORDS`, in this process."""
-    run(script, parse(script, "--run-dir", "run", *words), killed_at)
 
 
 def parse(script, *words: str):
@@ -74,7 +70,8 @@ def saved(script, args, run_dir: str | Path = "run") -> Saved:
     """What the script itself loads from this directory."""
     env = script.Interface(args)
     sizes = env.obs_dim, env.low.size, args
-    state = script.init(jax.random.key(0), *sizes)
+    with jax.debug_key_reuse(False):
+        state = script.init(jax.random.key(0), *sizes)
     return Saved(*script.load(Path(run_dir), script.make_buffer(*sizes), state, np.zeros((0, 5))))
 
 
@@ -110,17 +107,13 @@ def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]):
 
 
 def assert_same_run(a: Path, b: Path):
-    """To the last bit: networks, optimisers, buffer, moments, evaluations, charts, policy.
-
-    Logged losses are means of the last 100 updates since the run went on, so only their steps.
-    """
+    """To the last bit: networks, optimisers, buffer, moments, evaluations, policy."""
     assert_same_arrays(newest(a), newest(b))
     assert_same_arrays(arrays(a / "policy.npz"), arrays(b / "policy.npz"))
     assert (a / "eval.csv").read_bytes() == (b / "eval.csv").read_bytes()
-    ours, theirs = (
-        {tag: x if "losses" not in tag else [step for step, _ in x] for tag, x in tags.items()}
-        for tags in (scalars(a), scalars(b))
-    )
-    assert ours.keys() == theirs.keys() != set()
-    for tag, points in ours.items():
-        assert points == theirs[tag], (tag, sorted(set(points) ^ set(theirs[tag])), points, theirs[tag])
+
+
+def points(run_dir: Path) -> set[tuple]:
+    """What is on the charts; of losses, means over updates since the run went on, the steps."""
+    found = scalars(run_dir).items()
+    return {(tag, step, "loss" in tag or value) for tag, values in found for step, value in values}

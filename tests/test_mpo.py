@@ -449,36 +449,25 @@ def test_the_m_step_is_weighted_likelihood_and_weighted_kls(script, monkeypatch,
     assert_close(ours[1], finite_differences(loss, actor), rtol=2e-4)
 
 
-def descend(loss, params, steps, learning_rate):
-    """Adam, with all of its steps in one call."""
-
-    def step(carry, rate):
-        params, opt_state = carry
-        updates, opt_state = optax.adam(1.0).update(jax.grad(loss)(params), opt_state)
-        params = jax.tree.map(lambda x, y: x + rate * y, params, updates)
-        return (params, opt_state), None
-
-    rates = learning_rate * jnp.linspace(1, 0, steps)
-    carry = params, optax.adam(1.0).init(params)
-    return jax.jit(lambda x: jax.lax.scan(step, x, rates)[0][0])(carry)
-
-
 def test_the_m_step_ends_between_the_target_policy_and_the_samples(script, monkeypatch):
     """The closed form for a free policy and fixed multipliers (P9)."""
     free_policy(monkeypatch, script)
     args, state, actions, weights = m_step_problem(script)
-    mean, stddev = descend(
-        lambda p: script.actor_loss(p, state, None, actions, weights, args)[0],
-        state.target_actor, steps=4000, learning_rate=3e-3,
-    )  # fmt: skip
+    inputs = script.actor_loss, state, None, actions, weights, args
+
+    def step(actor, _):
+        return script.gradient_step(actor, *inputs)[0], None
+
+    actor = script.trained(state.target_actor, optax.linear_schedule(3e-3, 0, 4000))
+    actor, _ = jax.jit(lambda x: jax.lax.scan(step, x, length=4000))(actor)
     old_mean, old_stddev = float64(state.target_actor)
     u, w = float64(actions), float64(weights)[..., None] / 2
     alpha_mean, alpha_stddev = (x / 2 for x in multipliers(state))
     expected = ((w * u).sum(axis=0) + alpha_mean * old_mean) / (1 + alpha_mean)
-    np.testing.assert_allclose(mean, expected, atol=1e-4)
+    np.testing.assert_allclose(actor.params[0], expected, atol=1e-4)
     spread = (w * (u - old_mean) ** 2).sum(axis=0)
     expected = np.sqrt((spread + alpha_stddev * old_stddev**2) / (1 + alpha_stddev))
-    np.testing.assert_allclose(stddev, expected, atol=1e-4)
+    np.testing.assert_allclose(actor.params[1], expected, atol=1e-4)
 
 
 def test_multipliers_settle_where_the_kl_is_its_bound(script, monkeypatch):
@@ -635,13 +624,8 @@ def test_an_update_follows_the_target_networks(script, monkeypatch):
     out = oracles.mlp(float64(old.target_actor), next_obs)
     mean, spread = out[:, :ACT], out[:, ACT:]
     u = mean + (args.initial_stddev / np.log(2) * np.log1p(np.exp(spread)) + 1e-6) * noise
-    next_q = np.stack(
-        [
-            oracles.q_values(float64(old.target_critic), next_obs, np.clip(x, -1, 1), args)
-            for x in u
-        ],
-        axis=1,
-    )
+    values = partial(oracles.q_values, float64(old.target_critic), next_obs, args=args)
+    next_q = np.stack([values(np.clip(x, -1, 1)) for x in u], axis=1)
     target = reward + args.gamma * discount * next_q.mean(axis=1).min(axis=0)
 
     def loss(critic):

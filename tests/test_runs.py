@@ -15,9 +15,29 @@ from running import arrays, assert_same_arrays, evaluations, newest, run, saved,
 
 LOW, HIGH = np.array([-1.0, 0.0, -0.3]), np.array([1.0, 4.0, 0.1])
 ENDINGS = ((5, "truncated"), (3, "terminated"), (4, "terminated, truncated"))
+FLAGS = dict(
+    env_id="Toy-v0", run_dir="run", seed=5, total_timesteps=120, learning_starts=30, n_step=2,
+    eval_frequency=60, checkpoint_frequency=0, updates_per_step=2,
+)  # fmt: skip
+IDLE = FLAGS | dict(learning_starts=1000)  # without learning, which takes longest to compile
 
 pytestmark = pytest.mark.backends("gym")
-one = pytest.mark.algorithms("sac")
+one = pytest.mark.algorithms("sac")  # where all share the text
+
+
+def run_in(script, folder: Path, **flags) -> Path:
+    """The directory of a run in this folder."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(script, small_args(script, **flags))
+    return folder / "run"
+
+
+@pytest.fixture
+def toy(toys) -> list[Toy]:
+    """The environments that a run of FLAGS makes."""
+    return toys(length=8)
 
 
 # --- what main stores -----------------------------------------------------------------------------
@@ -26,7 +46,6 @@ one = pytest.mark.algorithms("sac")
 class Recording(NamedTuple):
     """A run of `main` on probes, in which updates change nothing."""
 
-    args: Any
     rows: Any  # transitions, [T, ...] each
     policy: dict[str, np.ndarray]
     probes: list[Probe]
@@ -48,24 +67,21 @@ def record(script, tmp_path_factory):
             probes.append(Probe(scale * LOW, scale * HIGH, ENDINGS))
             return ProbeEnv(probes[-1])
 
-        args = small_args(
-            script, total_timesteps=60, eval_frequency=40, run_dir="run", normalize_obs=False
-        )  # fmt: skip
+        flags = dict(total_timesteps=60, eval_frequency=40, run_dir="run", normalize_obs=False)
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(tmp_path_factory.mktemp("recording"))
             patch.setattr(script, "make_env", make_env)
             patch.setattr(script, "learn", lambda state, *_: (state, {"qf_loss": 0.0}))
-            run(script, args)
-            rows, policy = saved(script, args).rows(), arrays(Path("run/policy.npz"))
-        RECORDINGS[key] = Recording(args, rows, policy, probes)
+            run_dir = run_in(script, tmp_path_factory.mktemp("recording"), **flags)
+            rows = saved(script, small_args(script, **flags), run_dir).rows()
+        RECORDINGS[key] = Recording(rows, arrays(run_dir / "policy.npz"), probes)
         return RECORDINGS[key]
 
     return recording
 
 
-def native(action, low=LOW, high=HIGH):
+def native(action):
     """The place of an action [..., A] between the bounds."""
-    return low + (np.float64(action) + 1) / 2 * (high - low)
+    return LOW + (np.float64(action) + 1) / 2 * (HIGH - LOW)
 
 
 def ends(rows, kind: str) -> np.ndarray:
@@ -102,18 +118,19 @@ def test_actions_before_learning_are_uniform(record):
 
 
 def test_training_explores_and_evaluation_does_not(script, record):
-    recorded, action = record(), record().rows.action[20:]
-    greedy = np.array([script.greedy_action(recorded.policy, x) for x in recorded.rows.obs[20:]])
+    rows, policy, (_, evaluated) = record()
+    action, greedy = rows.action[20:], np.array(
+        [script.greedy_action(policy, obs) for obs in rows.obs[20:]]
+    )  # fmt: skip
     free = np.abs(greedy) < 0.9  # elsewhere the squashing or the clipping hides the noise
     assert free.sum() > 30 and np.abs(action - greedy)[free].mean() > 0.05
     inside = action[np.abs(action) < 1]
     assert len(np.unique(inside)) > 0.99 * inside.size
-    evaluated = recorded.probes[1]
-    # Both episodes of its first evaluation begin with the same observation but for their number.
+    # Whole episodes, whose first observations differ in the number of the episode.
+    assert len(evaluated.actions) == ENDINGS[0][0] + ENDINGS[1][0]
     for k, begin in enumerate((0, ENDINGS[0][0])):
-        wanted = script.greedy_action(recorded.policy, np.float32([k, 0, 0, 0, 0]))
-        np.testing.assert_allclose(evaluated.actions[begin], native(wanted), rtol=1e-5, atol=1e-6)
-    assert len(evaluated.actions) == ENDINGS[0][0] + ENDINGS[1][0], "whole episodes"
+        wanted = native(script.greedy_action(policy, np.float32([k, 0, 0, 0, 0])))
+        np.testing.assert_allclose(evaluated.actions[begin], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_wider_bounds_change_nothing_that_is_learned_from(record):
@@ -122,39 +139,29 @@ def test_wider_bounds_change_nothing_that_is_learned_from(record):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), wide.rows, narrow.rows)
 
 
-NOISELESS = {
-    "sac": dict(log_std_min=-20.0, log_std_max=-20.0),
-    "td3": dict(exploration_noise=0.0),
-    "mpo": dict(initial_stddev=1e-30),
-}
-
-
 def test_exploration_without_noise_is_the_policy_of_normalised_observations(script):
-    args = small_args(script, **NOISELESS[script.algorithm])
-    env = script.Interface(small_args(script, env_id="Pendulum-v1"))
-    state, rng = script.init(jax.random.key(0), 3, 1, args), np.random.default_rng(0)
-    last = state.actor.params["params"]["Dense_2"]
+    noiseless = {
+        "sac": dict(log_std_min=-20.0, log_std_max=-20.0),
+        "td3": dict(exploration_noise=0.0),
+        "mpo": dict(initial_stddev=1e-30),
+    }[script.algorithm]
+    args, rng = small_args(script, **noiseless, env_id="Pendulum-v1"), np.random.default_rng(0)
+    actor = script.init(jax.random.key(0), 3, 1, args).actor
+    last = actor.params["params"]["Dense_2"]
     last["kernel"] = rng.normal(0, 0.3, last["kernel"].shape).astype(np.float32)  # away from 0
     mean, var = np.float32([5, -3, 100]), np.float32([4, 0.01, 900])
-    buffer = script.make_buffer(3, 1, args)._replace(mean=mean, var=var)
-    policy, actions = script.export(state, buffer, env, args), []
-    for k in range(20):
+    buffer, actions = script.make_buffer(3, 1, args)._replace(mean=mean, var=var), []
+    state = script.init(jax.random.key(0), 3, 1, args)._replace(actor=actor)
+    policy = script.export(state, buffer, script.Interface(args), args)
+    for step in range(args.learning_starts + 1, args.learning_starts + 21):
         obs = np.float32(rng.normal(mean, np.sqrt(var)))
-        step = np.int32(args.learning_starts + 1 + k)
-        inputs = state.actor.params, buffer, obs, jax.random.key(1), step, args
+        inputs = actor.params, buffer, obs, jax.random.key(1), np.int32(step), args
         actions.append(script.explore(*inputs))
         np.testing.assert_allclose(script.greedy_action(policy, obs), actions[-1], atol=1e-5)
     assert np.std(actions) > 0.05
 
 
 # --- what a run is a function of ------------------------------------------------------------------
-
-FLAGS = dict(
-    env_id="Toy-v0", run_dir="run", seed=5, total_timesteps=120, learning_starts=30, n_step=2,
-    eval_frequency=60, eval_episodes=2, checkpoint_frequency=0, updates_per_step=2,
-)  # fmt: skip
-# Without learning, which takes longest to compile.
-IDLE = FLAGS | dict(learning_starts=1000)
 
 
 class Baseline(NamedTuple):
@@ -167,15 +174,6 @@ class Baseline(NamedTuple):
 BASELINES: dict[str, Baseline] = {}
 
 
-def run_in(script, folder: Path, **flags) -> Path:
-    """The directory of a run in this folder."""
-    folder.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(script, small_args(script, **flags))
-    return folder / "run"
-
-
 def counted(script, name: str, traced: list[str], **options):
     """The jitted function, which notes when it is compiled."""
     function = getattr(script, name).__wrapped__
@@ -186,11 +184,6 @@ def counted(script, name: str, traced: list[str], **options):
         return function(*args)
 
     return jax.jit(counting, static_argnames="args", **options)
-
-
-@pytest.fixture
-def toy(toys) -> list[Toy]:
-    return toys(length=8)
 
 
 @pytest.fixture
@@ -236,12 +229,8 @@ def test_another_seed_another_run(script, toy, tmp_path):
 )
 def test_watching_changes_no_number_of_training(script, changes, baseline, tmp_path):
     """The last array of a checkpoint holds the rows of eval.csv."""
-    run_dirs, training, losses = (
-        (baseline.run_dir, run_in(script, tmp_path, **FLAGS | changes)),
-        [],
-        [],
-    )
-    for run_dir in run_dirs:
+    other, training, losses = run_in(script, tmp_path, **FLAGS | changes), [], []
+    for run_dir in (baseline.run_dir, other):
         *rest, _ = newest(run_dir).values()
         training.append({str(i): x for i, x in enumerate(rest)})
         tags = scalars(run_dir)
@@ -251,20 +240,18 @@ def test_watching_changes_no_number_of_training(script, changes, baseline, tmp_p
 
 
 @one
-def test_seeds_of_episodes(script, toy, tmp_path):
-    """Every training episode another one, an evaluation the same ones each time, all different."""
-    run_dir = run_in(script, tmp_path, **IDLE | dict(eval_episodes=3, normalize_obs=False))
+def test_episodes_begin_differently(script, toy, tmp_path):
+    """Each one of training; those of an evaluation the same way each time, and in other ways."""
+    flags = IDLE | dict(eval_episodes=3, normalize_obs=False)  # nothing changes the policy
+    returns = [row["return"] for row in evaluations(run_in(script, tmp_path, **flags))]
+    assert len(set(returns)) == 3 and returns[:3] == returns[3:]
     training, *evaluating = [made.seeds for made in toy]
     assert len(evaluating) == 2 and evaluating[0] == evaluating[1]
     assert len(training) == 120 // 8 + 1 and len(evaluating[0]) == 3
     assert len({*training, *evaluating[0]}) == len(training) + 3
-    returns = [row["return"] for row in evaluations(run_dir)]
-    assert len(set(returns)) == 3 and returns[:3] == returns[3:], (
-        "the same policy, the same returns"
-    )
 
 
-# --- environments that are special ----------------------------------------------------------------
+# --- what is special ------------------------------------------------------------------------------
 
 
 @one
@@ -293,48 +280,31 @@ def test_video_that_cannot_be_made_stops_no_training(script, toy, tmp_path, caps
     assert len(evaluations(run_dir)) == 4 and not list(run_dir.rglob("*.mp4"))
 
 
-# --- the end of a run, and its beginning ----------------------------------------------------------
-
-
-def stops(script, folder: Path, capsys, **flags) -> tuple[int, str]:
-    """The exit code of a run that ends before its time, and what it says."""
-    with pytest.raises(SystemExit) as end:
-        run_in(script, folder, **flags)
-    return end.value.code, capsys.readouterr().err
-
-
-@one
-def test_networks_that_hold_nan_stop_the_run(script, toys, tmp_path, capsys):
+def test_nan_in_the_networks_stops_the_run(script, toy, tmp_path, monkeypatch, capsys):
     """At the next logging, though the environment accepts any action."""
-    (made,) = (toys(answer=lambda toy, x: x if len(x) == 2 else (x[0], 0.0, *x[2:])),)
-    rates = {name: 1e37 for name in script.Args.model_fields if name.endswith("_lr")}
-    flags = FLAGS | dict(eval_frequency=0, log_frequency=20) | rates
-    code, message = stops(script, tmp_path, capsys, **flags)
-    assert code == 1 and "NaN at step" in message and "--run-dir" in message
-    assert made[0].steps in (40, 60)
-
-
-def test_a_loss_that_is_nan_stops_the_run(script, toy, tmp_path, monkeypatch, capsys):
-    """For all algorithms."""
     losses = iter([0.0] * 15 + [np.nan] * 100)
     monkeypatch.setattr(script, "learn", lambda state, *_: (state, {"qf_loss": next(losses)}))
-    code, message = stops(script, tmp_path, capsys, **FLAGS | dict(log_frequency=20))
-    assert code == 1 and "NaN at step 60" in message and toy[0].steps == 60
+    with pytest.raises(SystemExit) as end:
+        run_in(script, tmp_path, **FLAGS | dict(log_frequency=20))
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and "NaN at step 60" in message and "--run-dir run" in message
 
 
 @one
 def test_a_buffer_too_large_for_memory(script, toy, tmp_path, capsys):
     """A sentence with both sizes, before anything is trained."""
-    code, message = stops(script, tmp_path, capsys, **IDLE | dict(buffer_size=10**12))
-    assert code == 2 and message.count("\n") == 1 and toy[0].seeds == []
+    with pytest.raises(SystemExit) as end:
+        run_in(script, tmp_path, **IDLE | dict(buffer_size=10**12))
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and toy[0].seeds == []
     assert "--buffer-size 1000000000000" in message and "GiB" in message
 
 
 @one
 def test_two_runs_of_the_same_name_in_the_same_second(script, toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.time, "time", lambda: 1234567890.5)
-    flags = IDLE | dict(run_dir=None, total_timesteps=10, exp_name="my name")
     for _ in range(2):
+        flags = IDLE | dict(run_dir=None, total_timesteps=10, exp_name="my name")
         run_in(script, tmp_path, **flags)
     first, second = sorted((tmp_path / "runs").iterdir(), key=lambda path: len(path.name))
     assert first.name == "Toy-v0__my name__5__1234567890" and second.name.startswith(first.name)

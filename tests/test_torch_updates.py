@@ -1,4 +1,4 @@
-"""The PyTorch side of the speed benchmark does our work: losses, gradients, target networks."""
+"""The PyTorch side of the speed benchmark does our work: losses, steps, target networks."""
 
 import sys
 
@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 from conftest import REPOSITORY, small_args
-from oracles import ACT, OBS, SAMPLES, assert_close, difference, params_of, random_batch
+from oracles import ACT, OBS, SAMPLES, assert_close, params_of, random_batch
 
 torch = pytest.importorskip("torch")
 sys.path.append(str(REPOSITORY / "benchmark"))
@@ -45,7 +45,7 @@ LAYERS = {"actor": layers, "target_actor": layers, "critic": both, "target_criti
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_torch_updates_have_our_losses_and_gradients(script, layer_norm, monkeypatch):
+def test_torch_updates_are_ours(script, layer_norm, monkeypatch):
     args = small_args(script, layer_norm=layer_norm, **oracles.always(script))
     state = oracles.optimised(oracles.perturbed_state(script, args), oracles.DESCENT)
     batch = random_batch(script)
@@ -56,6 +56,10 @@ def test_torch_updates_have_our_losses_and_gradients(script, layer_norm, monkeyp
         for parameter, value in zip(getattr(other, name).parameters(), values, strict=True):
             parameter.data = torch.from_numpy(value.T.copy())
 
+    for name in [name for name in vars(other) if name.endswith("_opt")]:
+        (group,) = getattr(other, name).param_groups
+        setattr(other, name, torch.optim.SGD(group["params"], lr=1.0))  # as DESCENT
+
     noises = noise_of(script, jax.random.key(0))
     new, metrics = oracles.update(script, state, batch, args)
     monkeypatch.setattr(torch_updates, "standard_normal", lambda *_: noises.pop(0))
@@ -63,15 +67,13 @@ def test_torch_updates_have_our_losses_and_gradients(script, layer_norm, monkeyp
     assert not noises
 
     for name, value in other_metrics.items():
-        np.testing.assert_allclose(value, metrics[name], rtol=1e-4, err_msg=name)
-    for name in ("actor", "critic"):
-        expected = LAYERS[name](difference(params_of(state, name), params_of(new, name)))
-        gradients = [x.grad.numpy().T for x in getattr(other, name).parameters()]
-        assert_close(gradients, expected, rtol=1e-4)
+        np.testing.assert_allclose(value, metrics[name], rtol=2e-4, err_msg=name)
+    for name in LAYERS.keys() & set(state._fields):
+        networks = [x.detach().numpy().T for x in getattr(other, name).parameters()]
+        assert_close(networks, LAYERS[name](params_of(new, name)), rtol=2e-4)
     if script.algorithm == "mpo":
-        gradient = difference(state.duals.params, new.duals.params)
-        expected = np.stack([gradient["alpha_mean"], gradient["alpha_stddev"]])
-        assert_close(other.duals.grad.numpy(), expected, rtol=1e-4)
+        expected = np.stack([new.duals.params[name] for name in ("alpha_mean", "alpha_stddev")])
+        assert_close(other.duals.detach().numpy(), expected, rtol=2e-4)
     if script.algorithm == "sac":
-        gradient = difference(state.alpha.params, new.alpha.params)["log_alpha"]
-        np.testing.assert_allclose(other.log_alpha.grad, gradient, rtol=1e-4)
+        expected = new.alpha.params["log_alpha"]
+        np.testing.assert_allclose(other.log_alpha.detach(), expected, rtol=2e-4)
