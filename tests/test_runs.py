@@ -118,10 +118,9 @@ def test_actions_before_learning_are_uniform(record):
 
 
 def test_training_explores_and_evaluation_does_not(script, record):
-    rows, policy, (_, evaluated) = record()
-    action, greedy = rows.action[20:], np.array(
-        [script.greedy_action(policy, obs) for obs in rows.obs[20:]]
-    )  # fmt: skip
+    rows, policy, (_, evaluated, *_) = record()
+    action, obs = rows.action[20:], rows.obs[20:]
+    greedy = np.array([script.greedy_action(policy, x) for x in obs])
     free = np.abs(greedy) < 0.9  # elsewhere the squashing or the clipping hides the noise
     assert free.sum() > 30 and np.abs(action - greedy)[free].mean() > 0.05
     inside = action[np.abs(action) < 1]

@@ -14,6 +14,7 @@ from oracles import (  # isort: skip
     td_target, update,
 )  # fmt: skip
 
+
 pytestmark = [pytest.mark.algorithms("sac"), pytest.mark.backends("dmc")]
 
 DRAWS = 20_011

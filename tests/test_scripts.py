@@ -24,20 +24,8 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-def words(args) -> list[str]:
-    """The command line that makes these flags."""
-    found = []
-    for name, value in args.model_dump().items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            found.append(f"--{flag}={value}")
-    return found
-
-
-def start(script, folder: Path, *more: str) -> subprocess.Popen:
-    """Runs a copy of the script in this folder, as a new shell would: no way to this repository.
+def start(script, folder: Path) -> subprocess.Popen:
+    """Runs a copy of the script in this folder as a new shell would, without this repository.
 
     Only compilations are shared with this process, and so is what conftest.py says to XLA.
     """
@@ -45,7 +33,8 @@ def start(script, folder: Path, *more: str) -> subprocess.Popen:
     environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": COMPILED.name}
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     shutil.copy(script.__file__, folder)
-    command, pipe = [sys.executable, Path(script.__file__).name, *more], subprocess.PIPE
+    command = [sys.executable, Path(script.__file__).name, "--run-dir", "run"]
+    pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=pipe, stderr=pipe)
 
 
@@ -55,12 +44,14 @@ def test_runs_alone_and_survives_a_kill(script, tmp_path, monkeypatch):
         pytest.skip("the other backend stands for it")
     args = small_args(script, **FLAGS, env_id=TASKS[name])
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    for path in (whole, folder):
-        path.mkdir()
+    whole.mkdir()
     monkeypatch.chdir(whole)
     run(script, args)
 
-    process, run_dir = start(script, folder, *words(args)), folder / "run"
+    run_dir = folder / "run"  # of which --run-dir takes the flags
+    run_dir.mkdir(parents=True)
+    shutil.copy(whole / "run/config.json", run_dir)
+    process = start(script, folder)
     step = np.random.default_rng().integers(2, 9) * 50
     while process.poll() is None and not list(run_dir.glob(f"checkpoint/*{step}.npz")):
         time.sleep(0.01)
@@ -68,7 +59,7 @@ def test_runs_alone_and_survives_a_kill(script, tmp_path, monkeypatch):
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     assert not list(run_dir.glob("checkpoint/*500.npz"))
 
-    process = start(script, folder, "--run-dir", "run")
+    process = start(script, folder)
     output, errors = process.communicate(timeout=300)
     assert (process.returncode, output) == (0, ""), errors
     assert all("it/s" in line or "s/it" in line for line in errors.splitlines() if line.strip())

@@ -12,6 +12,7 @@ from oracles import (  # isort: skip
     linear_args, moved, params_of, random_batch, replaced, same_observations, td_target, update,
 )  # fmt: skip
 
+
 pytestmark = [pytest.mark.algorithms("td3"), pytest.mark.backends("dmc")]
 
 
