@@ -174,6 +174,8 @@ class Interface(gym.Wrapper):
                 raise ValueError(f"not {self.obs_dim} finite numbers: {obs}, reward {reward}")
         except Exception as error:
             raise gym.error.Error(f"The environment broke down: {error!r}") from error
+        # Taken out of what may be the environment's own dictionary, the same one at each step.
+        info = {"episode": info.pop("episode")} if "episode" in info else {}
         return obs, reward, terminated, truncated and not terminated, info
 
 
@@ -510,7 +512,7 @@ def load(run_dir: Path, *run):
     for path in sorted((run_dir / "checkpoint").glob("*.npz"), reverse=True):
         try:
             with np.load(path) as file:  # no pickles; the format holds checksums
-                leaves = [file[f"arr_{i}"] for i in range(len(like))]
+                leaves = [file[name] for name in file.files]
         except Exception as error:  # a damaged file can fail in any way
             print(f"{path} is damaged and passed over: {error}", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
@@ -569,10 +571,9 @@ def main(args: Args):
     while run_dir.exists() and not args.run_dir:
         run_dir = run_dir.with_name(run_dir.name + "_")
     (run_dir / "checkpoint").mkdir(parents=True, exist_ok=True)
-    init_key, explore_key, learn_key = jax.random.split(jax.random.key(args.seed), 3)
-    sizes = env.obs_dim, env.low.size, args
-    run = make_buffer(*sizes), init(init_key, *sizes), np.zeros((0, 5))
-    buffer, state, results = load(run_dir, *run)
+    key, explore_key, learn_key = jax.random.split(jax.random.key(args.seed), 3)
+    dims = env.obs_dim, env.low.size, args
+    buffer, state, results = load(run_dir, make_buffer(*dims), init(key, *dims), np.zeros((0, 5)))
     step, recent = int(buffer.count) * args.action_repeat, []
     writer = begin_log(run_dir, step, args)
     go_on = f"Go on with: python {shlex.join([sys.argv[0], '--run-dir', str(run_dir)])}"
@@ -607,6 +608,7 @@ def main(args: Args):
                 writer.add_scalar("eval/episodic_return", mean, step)
                 bar.set_postfix_str(f"return {mean:.1f}")
             if due(step, args.checkpoint_frequency, args):
+                writer.flush()
                 save(run_dir, env, args, buffer, state, results)
         save(run_dir, env, args, buffer, state, results)
     except (gym.error.Error, OSError) as error:

@@ -4,6 +4,7 @@
     python benchmark/speed.py --measure updates --against ../before/agents   # two states of ours
     python benchmark/speed.py --measure steps      # environment steps per second of whole runs
     python benchmark/speed.py --measure breakdown  # where the time of an environment step goes
+    python benchmark/speed.py --measure commands --against ../old/agents   # whatever is inside them
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
@@ -43,6 +44,7 @@ RIVALS = {  # --rivals -> the module that it needs, and its name in the tables
     "compile": ("torch", "PyTorch, torch.compile"),
 }
 UNITS = {"updates": "ms/update", "steps": "environment steps/s", "breakdown": "ms of a step"}
+UNITS["commands"] = "environment steps/s"
 BARE, PRODUCTS = "bare product, GFLOP/s", "MFLOP in the products of an update"
 # Every side gets these sizes, on HalfCheetah-v5.
 SIZES = {"buffer_size": 1_000_000, "batch_size": 256}
@@ -62,6 +64,7 @@ class Args:
     against: Path | None = None  # another folder of scripts, to measure beside agents/
     repeats: int = 7  # rounds, in each of which every side measures once
     updates: int = 500  # timed updates of a round, for --measure updates
+    commands: int = 3_000  # timed environment steps of a round, for --measure commands
     steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
     show: bool = False  # measure nothing; tables and sentence from the file of raw numbers
@@ -210,6 +213,30 @@ def our_steps(script: Path, steps: int):
     while True:
         start, end = run_main(module, args, (FIRST, FIRST + steps))
         yield steps / (end - start)
+
+
+def our_commands(script: Path, steps: int):
+    """Steps per second of the script as a command, of a longer run less a shorter one."""
+
+    def seconds(folder: str, total: int) -> float:
+        flags = {
+            "env-id": "HalfCheetah-v5",
+            "learning-starts": LEARNING_STARTS,
+            "eval-frequency": 0,
+        }
+        flags |= {
+            "total-timesteps": total,
+            "checkpoint-frequency": 0,
+            "run-dir": f"{folder}/{total}",
+        }
+        command = [sys.executable, script, *(x for k, v in flags.items() for x in (f"--{k}", v))]
+        start = time.perf_counter()
+        subprocess.run([str(x) for x in command], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            yield steps / (seconds(folder, FIRST + steps) - seconds(folder, FIRST))
 
 
 def breakdown(script: Path, steps: int):
@@ -395,7 +422,7 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
             dmc = script.with_name(f"{agent}_dmc.py")
             sides["ours, dmc defaults"] = (ours, dmc, count)
         sides[BARE] = ("bare_product", script, count)
-    for name in args.rivals:
+    for name in args.rivals if args.measure != "commands" else ():
         module, side = RIVALS[name]
         if module == "torch" and args.measure == "steps" or module != "torch" and agent == "mpo":
             continue  # torch_updates.py has no whole runs, and they have no MPO

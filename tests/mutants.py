@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+BACKENDS = "_dmc", "_gym"
 TESTS = Path(__file__).resolve().parent
 AGENTS = TESTS.parent / "agents"
 
@@ -32,6 +33,10 @@ class Mutant(NamedTuple):
                 raise ValueError(f"{self}: the text stands {text.count(original)} times")
             text = text.replace(original, mutated)
         return text
+
+    def row(self, caught_by: str = "") -> str:
+        """The mutant in the table."""
+        return f"| {self.name} | {self.script} | {self.why} | {caught_by or f'`{self.test}`'} |"
 
     def __str__(self):
         return f"{self.script}__{self.name}"
@@ -86,24 +91,23 @@ def outcomes(report: Path) -> dict[str, set[str]]:
     for case in ElementTree.parse(report).iter("testcase"):
         name, _, parameters = case.get("name").partition("[")
         file = case.get("classname").rpartition(".")[2]
-        script = next(x for x in parameters.rstrip("]").split("-") if x.endswith(ENDS) or "__" in x)
+        script = next(
+            x for x in parameters.rstrip("]").split("-") if x.endswith(BACKENDS) or "__" in x
+        )
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
         found[f"{file}::{name}[{script}]"] |= kinds or {"passed"}
     return found
 
 
-ENDS = "_dmc", "_gym"
-
-
-def survivors(mutants: list[Mutant], agents: Path = AGENTS) -> dict[Mutant, str]:
-    """The mutants that their tests do not catch, and why that is so."""
+def survivors(mutants: list[Mutant], agents: Path = AGENTS) -> dict[str, str]:
+    """Names of mutants that their tests do not catch, and what these did."""
     found, alive = run(mutants, agents), {}
     for mutant in mutants:
         before, after = (found[f"{mutant.test}[{x}]"] for x in (mutant.script, mutant))
         if before != {"passed"}:
-            alive[mutant.name, mutant.script] = f"{mutant.test} without the defect: {before}"
+            alive[str(mutant)] = f"{mutant.test} without the defect: {before}"
         elif "failure" not in after:
-            alive[mutant.name, mutant.script] = f"{mutant.test} with the defect: {after}"
+            alive[str(mutant)] = f"{mutant.test} with the defect: {after}"
     return alive
 
 
@@ -114,8 +118,7 @@ def main():
     print("# What catches each defect\n\nMade by `python tests/mutants.py > tests/mutants.md`.\n")
     print("| defect | script | what goes wrong | caught by |\n|---|---|---|---|")
     for mutant in mutants:
-        test = alive.get((mutant.name, mutant.script), f"`{mutant.test}`")
-        print(f"| {mutant.name} | {mutant.script} | {mutant.why} | {test} |")
+        print(mutant.row(alive.get(str(mutant), "")))
     sys.exit(bool(alive))
 
 

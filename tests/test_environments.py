@@ -233,6 +233,17 @@ def test_repeated_actions_count_the_steps_of_the_environment(script, use_probes)
 
 
 @on_gym
+def test_an_environment_that_returns_one_info_each_time(toy):
+    """To which Gymnasium's wrapper adds the statistics of an episode."""
+    info = {"mass": 1.0}
+    env, _ = toy(length=4, answer=lambda toy, x: (*x[:-1], info))
+    for _ in range(3):
+        env.reset(0)
+        ended = ["episode" in env.step(IDLE)[-1] for _ in range(4)]
+        assert ended == [False, False, False, True]
+
+
+@on_gym
 def test_an_environment_without_a_time_limit_has_one(toy):
     env, _ = toy()
     env.reset(0)

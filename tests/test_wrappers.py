@@ -30,6 +30,7 @@ class OldEnv:
 
     def __init__(self, ending=None):
         self.ending, self.closed = ending or {}, False
+        self.rng = np.random.RandomState()
 
     def seed(self, seed=None):
         self.rng = np.random.RandomState(seed)
