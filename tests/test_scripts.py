@@ -53,11 +53,15 @@ def test_runs_alone_and_survives_a_kill(script, tmp_path, monkeypatch):
     shutil.copy(whole / "run/config.json", run_dir)
     process = start(script, folder)
     step = np.random.default_rng().integers(2, 9) * 50
-    while process.poll() is None and not list(run_dir.glob(f"checkpoint/*{step}.npz")):
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(run_dir.glob(f"checkpoint/*{step}.npz")):
+            break
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    assert not list(run_dir.glob("checkpoint/*500.npz"))
+    found = {int(path.stem) for path in run_dir.glob("checkpoint/*.npz")}
+    assert step in found and 500 not in found
 
     process = start(script, folder)
     output, errors = process.communicate(timeout=300)
