@@ -21,9 +21,9 @@ LayerNorm in the critics is a flag (--layer-norm).
 """
 
 import contextlib
+import ctypes.util
 import importlib
 import json
-import logging
 import os
 import shlex
 import signal
@@ -92,26 +92,28 @@ class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
 
 
+def warn(message: str):
+    """Prints a sentence on stderr, above the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
 def fail(message: str, code: int = 2):
     """Ends the program with a sentence on stderr; code 2 is bad usage."""
-    tqdm.write(message, file=sys.stderr)
+    warn(message)
     sys.exit(code)
 
 
 # --- environment ----------------------------------------------------------------------------------
 
 
-WANTED = "Tasks of the suite are written domain-task; ids of Gymnasium are for the gym scripts."
-
-
 def make_env(args: Args, **options) -> gym.Env:
     """A task of the suite; lqr draws its plant when it is made, here one for all of a run."""
-    os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+    renderer = "egl" if args.capture_video and ctypes.util.find_library("EGL") else "disable"
+    os.environ.setdefault("MUJOCO_GL", renderer)
     with contextlib.redirect_stdout(None):  # it tells of environments without labmaze
         import shimmy  # noqa: F401 (not at the top: dm_control chooses its renderer on import)
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of dm_control, with NumPy 2.5
-    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
     env_id = f"dm_control/{args.env_id.removeprefix('dm_control/').removesuffix('-v0')}-v0"
     # Those of lqr are the only episodes without an end of their own.
     options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
@@ -137,18 +139,20 @@ class Interface(gym.Wrapper):
                 env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode == 0)
             if not isinstance(box := env.action_space, gym.spaces.Box):
                 raise TypeError(f"Actions are {box}, not a Box.")
-            # Actuators without a limit (lqr says 1e10) are driven in [-1, 1].
-            bounded = lambda x: np.where(abs(np.float64(x)) < 1e6, x, np.sign(x)).astype(x.dtype)
-            self.low, self.high = bounded(box.low), bounded(box.high)
+            # Actuators without a limit (lqr says 1e10) are driven in [-1, 1], or 1 from the other.
+            middle = np.clip(0, box.low, box.high)
+            bounded = lambda x: np.where(abs(np.float64(x)) < 1e6, x, middle + np.sign(x))
+            self.low, self.high = (bounded(x).astype(box.dtype) for x in (box.low, box.high))
             self.obs_dim = gym.spaces.flatten_space(env.observation_space).shape[0]
         except Exception as error:  # environments and renderers raise what they like
             if film:
-                print(f"--capture-video is off, as rendering fails: {error!r}", file=sys.stderr)
+                warn(f"--capture-video is off, as rendering fails: {error!r}")
                 return self.__init__(args)
-            given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs}"
-            raise gym.error.Error(f"{given} cannot be used: {error} {WANTED}") from error
+            given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be used: {error}"
+            wanted = "*_dmc.py take domain-task; *_gym.py Env-v5, package:Env or old_gym/Env."
+            raise gym.error.Error(f"{given} {wanted}") from error
         env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
         super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
 
     def reset(self, *numbers: int) -> np.ndarray:
@@ -175,7 +179,7 @@ class Interface(gym.Wrapper):
         except Exception as error:
             raise gym.error.Error(f"The environment broke down: {error!r}") from error
         # Taken out of what may be the environment's own dictionary, the same one at each step.
-        info = {"episode": info.pop("episode")} if "episode" in info else {}
+        info = {"episode": info.pop("totals")} if "totals" in info else {}
         return obs, reward, terminated, truncated and not terminated, info
 
 
@@ -289,8 +293,7 @@ def make_buffer(obs_dim: int, action_dim: int, args: Args) -> Buffer:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", memory)
     if (size := 4 * args.buffer_size * (2 * obs_dim + action_dim + 2)) > memory:
-        sizes = f"{size / 2**30:.1f} GiB, of {memory / 2**30:.1f} in all"
-        fail(f"--buffer-size {args.buffer_size} takes {sizes}.")
+        fail(f"--buffer-size {args.buffer_size} takes {size >> 30} GiB of {memory >> 30} in all.")
     shapes = Batch((obs_dim,), (action_dim,), (), (), (obs_dim,))
     counts, moments = jnp.zeros((3, 1), jnp.int32), jnp.zeros((3, obs_dim)).at[2].set(1)
     data = (jnp.zeros((args.buffer_size, *shape)) for shape in shapes)
@@ -451,15 +454,14 @@ def parse_args() -> Args:
     """The flags; where --run-dir holds a run, its own are the defaults."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     args = tyro.cli(Args)
-    if not args.run_dir or not (path := Path(args.run_dir, "config.json")).exists():
-        return args
-    saved = json.loads(path.read_text())["args"]
-    if saved.keys() != Args.model_fields.keys():
-        fail(f"--run-dir {args.run_dir} holds a run of another script than {Path(__file__).name}.")
-    args = tyro.cli(Args, default=Args(**saved))
-    for name in ("env_id", "seed", "action_repeat", "buffer_size"):
-        if getattr(args, name) != saved[name]:
-            fail(f"--{name.replace('_', '-')} of the run in {args.run_dir} stays {saved[name]}.")
+    if args.run_dir and (path := Path(args.run_dir, "config.json")).exists():
+        saved = json.loads(path.read_text())["args"]
+        if saved.keys() != Args.model_fields.keys():
+            fail(f"--run-dir {args.run_dir} holds a run of another script.")
+        args = tyro.cli(Args, default=Args(**saved))
+        for name in ("env_id", "seed", "action_repeat", "buffer_size"):
+            if getattr(args, name) != saved[name]:
+                fail(f"--{name.replace('_', '-')} in --run-dir {args.run_dir} stays {saved[name]}.")
     return args
 
 
@@ -482,11 +484,9 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
 
 def log_losses(writer: SummaryWriter, step: int, recent: list[dict]):
     """Logs the mean of each metric over recent updates, without those that skipped it (nan)."""
-    means = jax.tree.map(
-        lambda *x: np.mean([y for y in x if y == y] or np.nan), *jax.device_get(recent)
-    )
-    for name, mean in means.items():
-        writer.add_scalar(f"losses/{name}", mean, step)
+    recent = jax.device_get(recent)
+    for name in recent[-1]:
+        writer.add_scalar(f"losses/{name}", np.nanmean([x[name] for x in recent]), step)
     if np.isnan(recent[-1]["qf_loss"]):
         fail(f"NaN at step {step}: go on with --run-dir {writer.logdir} and smaller step sizes.", 1)
 
@@ -501,7 +501,7 @@ def save(run_dir: Path, env: Interface, args: Args, buffer: Buffer, state: State
         np.savez(part, **export(state, buffer, env, args))
         part.replace(run_dir / "policy.npz")
     except OSError as error:
-        print(f"Step {step} is not saved: {error}", file=sys.stderr)
+        warn(f"Step {step} is not saved: {error}")
     for old in sorted((run_dir / "checkpoint").glob("*.npz"))[:-2]:
         old.unlink()
 
@@ -514,7 +514,7 @@ def load(run_dir: Path, *run):
             with np.load(path) as file:  # no pickles; the format holds checksums
                 leaves = [file[name] for name in file.files]
         except Exception as error:  # a damaged file can fail in any way
-            print(f"{path} is damaged and passed over: {error}", file=sys.stderr)
+            warn(f"{path} is damaged and passed over: {error}")
             path.rename(path.with_suffix(".damaged"))
             continue
         n = len(Batch._fields)  # arrays of which only the rows filled so far are saved
@@ -536,7 +536,7 @@ def resume(env: Interface, buffer: Buffer, args: Args) -> tuple[np.ndarray, Buff
         obs, *_ = env.step(action)
     if len(index) == 0 or np.array_equal(obs, buffer.data.next_obs[index[-1]]):
         return obs, buffer
-    print(f"{args.env_id} does not repeat its episode; a new one begins.", file=sys.stderr)
+    warn(f"{args.env_id} does not repeat its episode; a new one begins.")
     return resume(env, next_episode(buffer), args)
 
 
@@ -602,8 +602,7 @@ def main(args: Args):
                 seconds = bar.format_dict["elapsed"]
                 writer.add_scalar("charts/SPS", (bar.n - bar.initial) / seconds, step)
             if due(step, args.eval_frequency, args):
-                policy = export(state, buffer, env, args)
-                results = evaluate(run_dir, step, policy, results, args)
+                results = evaluate(run_dir, step, export(state, buffer, env, args), results, args)
                 mean = results[-args.eval_episodes :, 3].mean()
                 writer.add_scalar("eval/episodic_return", mean, step)
                 bar.set_postfix_str(f"return {mean:.1f}")

@@ -267,10 +267,10 @@ def test_seeds_of_episodes(toy):
 def test_ids_that_do_not_exist(script, capsys):
     """The nearest name of this backend, or where the other backend's are used."""
     cases = {
-        "dmc": {"cartpole-swingu": "cartpole-swingup", "HalfCheetah-v5": "gym scripts"},
+        "dmc": {"cartpole-swingu": "cartpole-swingup", "HalfCheetah-v5": "*_gym.py"},
         "gym": {
             "HalfCheeta-v5": "HalfCheetah", "HalfCheetah-v55": "v5", "no_package:Hopper-v5":
-            "no_package", "cartpole-swingup": "dmc scripts",
+            "no_package", "cartpole-swingup": "*_dmc.py",
         },
     }  # fmt: skip
     for env_id, word in cases[script.backend].items():

@@ -22,20 +22,20 @@ ROLES = {
     "Args", "State", "policy", "init", "SQUASH", "explore", "td_target", "actor_loss", "update",
     "main",
 }  # fmt: skip
-BACKEND = {"make_env", "WANTED"}
-DMC_IMPORTS = ("contextlib", "logging", "warnings")
+BACKEND = {"make_env"}
+DMC_IMPORTS = ("contextlib", "ctypes.util", "warnings")
 ALGORITHM = ["networks", "state", "replay buffer", "acting", "learning"]
 SECTIONS = ["environment", *ALGORITHM, "running"]
 RULED_LINE = re.compile(r"# --- ([a-z ]+) -+")
 
 # Code lines and lines of each script: lower them with the script, never raise them.
 CEILINGS = {
-    "sac_dmc": (429, 627),
-    "sac_gym": (422, 615),
-    "td3_dmc": (415, 607),
-    "td3_gym": (408, 595),
-    "mpo_dmc": (561, 825),
-    "mpo_gym": (554, 815),
+    "sac_dmc": (427, 626),
+    "sac_gym": (420, 614),
+    "td3_dmc": (413, 606),
+    "td3_gym": (406, 594),
+    "mpo_dmc": (559, 824),
+    "mpo_gym": (552, 814),
 }
 
 # Flags whose defaults are not the same in all scripts that have them.
@@ -211,12 +211,12 @@ def test_args(agents):
 
 
 def test_backends_differ_little(agents):
-    """In at most 37 lines, counted on the side that has more of them."""
+    """In at most 36 lines, counted on the side that has more of them."""
     for a, b in itertools.combinations(agents, 2):
         if parts(a)[0] == parts(b)[0]:
             lines = list(difflib.ndiff(*(path.read_text().splitlines() for path in (a, b))))
             changed = [sum(line.startswith(sign) for line in lines) for sign in ("- ", "+ ")]
-            assert max(changed) <= 37, (a.name, b.name, changed)
+            assert max(changed) <= 36, (a.name, b.name, changed)
 
 
 def test_dependencies(agents):
