@@ -3,6 +3,7 @@
     python agents/play.py RUN_DIR                                # ten episodes, those of eval.csv
     python agents/play.py RUN_DIR --episodes 1 --render human    # in a window, or --render film.mp4
     python agents/play.py policy.npz --agent sac_dmc --env-id cartpole-swingup
+    python agents/play.py benchmark/results/policies/sac_dmc__cartpole-swingup__0.npz
 
 The policy needs NumPy alone; the environment is the one that the script of the run makes.
 """
@@ -11,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,34 +40,45 @@ def fail(message: str):
     sys.exit(2)
 
 
-def main(flags: Flags) -> list[float]:
-    """Returns the return of every episode."""
+def named(path: Path) -> dict:
+    """Flags of the run that a file called {script}__{env_id}__{seed}.npz is from."""
+    match = re.fullmatch(r"(\w+?)__(.+)__(\d+)", path.stem)
+    return dict(zip(("exp_name", "env_id", "seed"), match.groups())) if match else {}
+
+
+def prepare(flags: Flags):
+    """The policy, the module of its script, and the flags of its run."""
     path = flags.policy / "policy.npz" if flags.policy.is_dir() else flags.policy
-    film = flags.render if flags.render and flags.render.endswith(".mp4") else None
-    if flags.episodes < 1 or flags.render not in (None, "human", film):
-        fail("--episodes is at least 1, and --render is human or the name of an .mp4 file.")
-    if flags.render == "human" and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        fail("--render human needs a display; --render film.mp4 does not.")
     try:
         policy, config = dict(np.load(path)), path.with_name("config.json")
-        args = json.loads(config.read_text())["args"] if config.exists() else {}
+        args = json.loads(config.read_text())["args"] if config.exists() else named(path)
         args |= {"env_id": flags.env_id} if flags.env_id else {}
         script = Path(flags.agent or args["exp_name"]).with_suffix(".py")
         script = script if script.exists() else Path(__file__).with_name(script.name)
         sys.path.insert(0, str(script.parent))
         module = importlib.import_module(script.stem)
-        args = module.Args(**args)
+        return policy, module, module.Args(**args)
     except KeyError:
         fail(f"No config.json lies beside {path}; say what it is of with --agent and --env-id.")
     except (OSError, ValueError, TypeError, ImportError) as error:
         fail(f"{path} cannot be played: {error}. Its script may be named with --agent.")
+
+
+def main(flags: Flags) -> list[float]:
+    """Returns the return of every episode."""
+    film = flags.render if flags.render and flags.render.endswith(".mp4") else None
+    if flags.episodes < 1 or flags.render not in (None, "human", film):
+        fail("--episodes is at least 1, and --render is human or the name of an .mp4 file.")
+    if flags.render == "human" and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        fail("--render human needs a display; --render film.mp4 does not.")
+    policy, module, args = prepare(flags)
     if flags.render:
         os.environ.setdefault("MUJOCO_GL", "egl" if film else "glfw")
         make_env, mode = module.make_env, "rgb_array" if film else "human"
         module.make_env = lambda args: make_env(args, render_mode=mode)
     env, returns, frames = module.Interface(args), [], []
     if [*policy["obs_mean"].shape, policy["low"].size] != [env.obs_dim, env.low.size]:
-        fail(f"{path} is not for {args.env_id}, whose observations or actions have other sizes.")
+        fail(f"{flags.policy} is not for {args.env_id}: observations or actions have other sizes.")
     for k in range(flags.episodes):
         obs, info = env.reset(args.seed if flags.seed is None else flags.seed, 1, k), {}
         while "episode" not in info:
