@@ -229,7 +229,8 @@ def init(key, obs_dim: int, action_dim: int, args: Args) -> State:
 
 def trained(params: Params, learning_rate: float) -> TrainState:
     """Parameters with an optimiser of their own."""
-    return TrainState.create(apply_fn=None, params=params, tx=optax.adam(learning_rate))
+    adam = optax.flatten(optax.adam(learning_rate))  # of one vector: fewer arrays to hand about
+    return TrainState.create(apply_fn=None, params=params, tx=adam)
 
 
 # --- replay buffer --------------------------------------------------------------------------------
