@@ -370,7 +370,7 @@ def worker(connection, folder: str, name: str, arguments: list):
 
 
 def spent(before=0.0) -> np.ndarray:
-    """Time of all cores: user, nice, system, idle, waiting for disks, interrupts (2), stolen, ..."""
+    """Time of all cores: user, nice, system, idle, waiting for disks, two of interrupts, stolen."""
     return np.array(Path("/proc/stat").read_text().split("\n")[0].split()[1:], float) - before
 
 
