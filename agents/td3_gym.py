@@ -135,9 +135,9 @@ class Interface(gym.Wrapper):
             if film:
                 warn(f"--capture-video is off, as rendering fails: {error!r}")
                 return self.__init__(args)
-            given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be used: {error}"
+            given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be used"
             wanted = "*_dmc.py take domain-task; *_gym.py Env-v5, package:Env or old_gym/Env."
-            raise gym.error.Error(f"{given} {wanted}") from error
+            raise gym.error.Error(f"{given}: {str(error) or repr(error)} {wanted}") from error
         env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="totals")
         super().__init__(gym.wrappers.RepeatAction(env, args.action_repeat))
