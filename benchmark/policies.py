@@ -23,25 +23,30 @@ import play  # noqa: E402
 
 
 def collect(curves: Path = RESULTS / "curves", policies: Path = RESULTS / "policies"):
-    """Keeps policy.npz of the seed with the best last evaluation, for each algorithm and task.
+    """Keeps policy.npz of the best seed of each algorithm and task, and its last evaluation.
 
-    A run of other seeds must be further ahead in steps, or have a higher return, to take its place.
+    The best is the one of most steps, and among equals that of the highest mean return. What is
+    there of tasks that are not in CURVES stays. The evaluations are in POLICIES/eval.csv.
     """
-    best = {}
+    best, kept = {}, policies / "eval.csv"
+    table = pd.read_csv(kept) if kept.exists() else pd.DataFrame({"policy": []})
     for path in sorted(curves.glob("*/policy.npz")):
+        run = path.parent.name
         rows = pd.read_csv(path.with_name("eval.csv"))
-        last = rows[rows["global_step"] == rows["global_step"].max()]
-        score = int(last["global_step"].iloc[0]), last["return"].mean()
-        name = path.parent.name.rpartition("__")[0]
-        best[name] = max(best.get(name, ((0, 0.0), path)), (score, path))
+        rows = rows[rows["global_step"] == rows["global_step"].max()].assign(policy=run)
+        score = rows["global_step"].iloc[0], rows["return"].mean()
+        name = run.rpartition("__")[0]
+        if name not in best or score > best[name][0]:
+            best[name] = score, path, rows
     policies.mkdir(parents=True, exist_ok=True)
-    for name, ((step, score), path) in best.items():
+    for name, ((step, score), path, rows) in best.items():
         for old in policies.glob(f"{name}__*.npz"):
             old.unlink()
+        others = table["policy"].map(lambda run: run.rpartition("__")[0] != name).astype(bool)
+        table = pd.concat([table[others], rows]).sort_values(["policy", "episode"])
         shutil.copyfile(path, policies / f"{path.parent.name}.npz")
-        print(
-            f"{path.parent.name}: {score:.1f} at {step} steps, {path.stat().st_size / 1e3:.0f} kB"
-        )
+        print(f"{path.parent.name}: {score:.1f} at {step} steps")
+    table.convert_dtypes().to_csv(kept, index=False)
 
 
 def animate(
