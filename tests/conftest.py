@@ -47,16 +47,10 @@ SMALL = dict(
 )  # fmt: skip
 
 
-# --- the scripts under test -----------------------------------------------------------------------
-
-
 def pytest_addoption(parser):
-    parser.addoption(
-        "--agents", type=Path, default=REPOSITORY / "agents", help="folder of the scripts to test"
-    )
-    parser.addoption(
-        "--only", type=Path, help="file with lines FILE::TEST[SCRIPT], the rest is out"
-    )
+    agents = REPOSITORY / "agents"
+    parser.addoption("--agents", type=Path, default=agents, help="folder of the scripts to test")
+    parser.addoption("--only", type=Path, help="file with lines FILE::TEST[SCRIPT] to run")
 
 
 def pytest_configure(config):
@@ -105,7 +99,7 @@ def load(path: Path):
     return sys.modules[path.stem]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def script(request):
     """One script of the folder `--agents`, as a module."""
     return load(request.param)
@@ -122,88 +116,48 @@ MAPS, FINISHED = Path("/proc/self/maps"), itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Every compiled program takes memory maps, of which Linux gives a process 65,530.
-
-    At the limit XLA crashes, so all programs are dropped long before.
-    """
+    """Programs take memory maps, of which a process has 65,530; at the limit XLA crashes."""
     yield
     if next(FINISHED) % 10 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
-# --- environments ---------------------------------------------------------------------------------
+LOW, HIGH = np.array([-1.0, 0.0, -0.3]), np.array([1.0, 4.0, 0.1])  # as different as bounds can be
+ENDINGS = ((5, "truncated"), (3, "terminated"), (4, "terminated, truncated"))
 
 
-class Probe:
-    """Says where its episodes end, and remembers the native actions that it was sent.
+class Probe(gym.Env):
+    """Remembers the actions sent; its observation is [episode, time, position of every action].
 
-    The observation is [episode, time in the episode, position of every action dimension]; an action
-    moves the position by its place between the bounds, and the reward is the sum of positions.
-    `endings` holds the length and the kind of the first episodes, then starts over.
+    An action moves the position by its place between the bounds, and the reward is the sum of
+    positions. `endings` holds the length and the kind of the first episodes, then starts over.
     """
 
-    def __init__(self, low, high, endings=((5, "truncated"),)):
-        self.low, self.high = np.float64(low), np.float64(high)
-        self.endings, self.episode, self.actions = endings, -1, []
+    action_space = gym.spaces.Box(LOW, HIGH, dtype=np.float64)
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
 
-    def begin(self) -> np.ndarray:
-        """Starts the next episode; returns its first observation."""
-        self.episode, self.time, self.position = self.episode + 1, 0, np.zeros(self.low.size)
-        return self.observation()
+    def __init__(self, endings=ENDINGS):
+        self.endings, self.episode, self.actions = endings, -1, []
+        self.info = {"mass": 1.0}  # the same dictionary at every step
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.time, self.position = self.episode + 1, 0, np.zeros(3)
+        return self.observation(), self.info
 
     def observation(self) -> np.ndarray:
         return np.array([self.episode, self.time, *self.position], np.float32)
 
-    def advance(self, action):
-        """Returns observation, reward, and whether the step terminated or truncated."""
+    def step(self, action):
         self.actions.append(np.array(action))
         self.time += 1
-        self.position += (action - self.low) / (self.high - self.low) - 0.5
+        self.position += (action - LOW) / (HIGH - LOW) - 0.5
         length, kind = self.endings[self.episode % len(self.endings)]
-        ends = kind if self.time == length else ""
-        terminated, truncated = "terminated" in ends, "truncated" in ends
-        return self.observation(), float(self.position.sum()), terminated, truncated
-
-
-class ProbeEnv(gym.Env):
-    """A probe as a Gymnasium environment, which may terminate and truncate in the same step."""
-
-    def __init__(self, probe: Probe):
-        self.probe = probe
-        self.action_space = gym.spaces.Box(probe.low, probe.high, dtype=np.float64)
-        shape = (2 + probe.low.size,)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        return self.probe.begin(), {}
-
-    def step(self, action):
-        return *self.probe.advance(action), {}
-
-
-@pytest.fixture
-def use_probes(script, monkeypatch):
-    """`use_probes(low, high, endings)` lets the script build probes; returns those it built."""
-
-    def use(*arguments) -> list[Probe]:
-        built = []
-
-        def make_env(args, **options):
-            built.append(Probe(*arguments))
-            return ProbeEnv(built[-1])
-
-        monkeypatch.setattr(script, "make_env", make_env)
-        return built
-
-    return use
+        ended = [self.time == length and word in kind for word in ("terminated", "truncated")]
+        return self.observation(), float(self.position.sum()), *ended, self.info
 
 
 class Toy(gym.Env):
-    """Episodes of `length` steps, in which it remembers what it was given.
-
-    `answer(toy, outcome)` may change what `reset` and `step` return. The constructor knows no
-    render mode.
-    """
+    """Remembers what it was given; `answer(toy, outcome)` may change what is returned."""
 
     def __init__(self, observations=None, actions=None, answer=None, length=None):
         self.observation_space = observations or gym.spaces.Box(-1, 1, (5,))
@@ -225,19 +179,13 @@ class Toy(gym.Env):
         return self.answer(self, (obs, reward, False, self.time == self.length, {}))
 
 
-@pytest.fixture
-def toys(monkeypatch):
-    """`toys(**kwargs)` registers Toy-v0; returns those that are made."""
+def toys(kind=Toy, **kwargs) -> list:
+    """Registers Toy-v0; returns those that are made from here on."""
+    made = []
 
-    def register(kind=Toy, **kwargs) -> list[Toy]:
-        made = []
+    def make(**options):
+        made.append(kind(**kwargs | options))
+        return made[-1]
 
-        def make(**options):
-            made.append(kind(**kwargs | options))
-            return made[-1]
-
-        spec = gym.envs.registration.EnvSpec("Toy-v0", entry_point=make)
-        monkeypatch.setitem(gym.registry, "Toy-v0", spec)
-        return made
-
-    return register
+    gym.registry["Toy-v0"] = gym.envs.registration.EnvSpec("Toy-v0", entry_point=make)
+    return made

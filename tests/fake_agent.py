@@ -1,7 +1,6 @@
-"""A script as far as sweep.py can see, without learning: same flags, files, signals, exit codes.
+"""A script as far as sweep.py can see: its returns follow from the seed and every step before.
 
-The returns of its evaluations follow from the seed and from every step before, so a run that went
-on wrongly differs. `--env-id` says how it behaves: breaks-once, breaks, refuses, or well.
+`--env-id` says how it behaves: breaks-once, breaks, refuses, or well.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""Runs the tests on scripts with the defects of mutants.txt, and prints what catches each.
+"""What catches each defect of mutants.txt: python tests/mutants.py > tests/mutants.md"""
 
-python tests/mutants.py > tests/mutants.md
-"""
-
+import itertools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,6 @@ class Mutant(NamedTuple):
     changes: list[tuple[str, str]]
 
     def apply(self, agents: Path = AGENTS) -> str:
-        """The text of the script with the defect in it."""
         text = (agents / f"{self.script}.py").read_text()
         for original, mutated in self.changes:
             if text.count(original) != 1:
@@ -35,7 +33,6 @@ class Mutant(NamedTuple):
         return text
 
     def row(self, caught_by: str = "") -> str:
-        """The mutant in the table."""
         return f"| {self.name} | {self.script} | {self.why} | {caught_by or f'`{self.test}`'} |"
 
     def __str__(self):
@@ -43,44 +40,32 @@ class Mutant(NamedTuple):
 
 
 def read() -> list[Mutant]:
-    """The mutants of mutants.txt."""
     _, *records = (TESTS / "mutants.txt").read_text().strip().split("\n\n")
     return [parse(record.splitlines()) for record in records]
 
 
 def parse(lines: list[str]) -> Mutant:
-    """A mutant from its lines; a change begins with the first - after a +."""
-    changes, last = [], "+"
-    for line in lines[2:]:
-        sign, text = line[0], line[2:]
-        if (last, sign) == ("+", "-"):
-            changes.append({"-": [], "+": []})
-        changes[-1][sign].append(text)
-        last = sign
-    pairs = [tuple("\n".join(change[sign]) for sign in "-+") for change in changes]
-    return Mutant(*lines[0].split(), lines[1], pairs)
+    """A mutant from its lines, of which those that begin with - and with + take turns."""
+    signs = itertools.groupby(lines[2:], key=lambda line: line[0])
+    texts = ["\n".join(line[2:] for line in group) for _, group in signs]
+    return Mutant(*lines[0].split(), lines[1], list(zip(texts[::2], texts[1::2], strict=True)))
 
 
 def run(mutants: list[Mutant], agents: Path = AGENTS) -> dict[str, set[str]]:
-    """Outcomes of each mutant's test, all its parameters together, with and without the defect.
-
-    One pytest runs them all, so that what they have in common compiles once.
-    """
+    """Outcomes of each mutant's test with and without the defect, in one pytest for all."""
     with tempfile.TemporaryDirectory() as name:
         folder, wanted = Path(name), set()
         for mutant in mutants:
             file, test = mutant.test.split("::")
-            (folder / f"{mutant.script}.py").write_text(
-                (agents / f"{mutant.script}.py").read_text()
-            )
+            shutil.copy(agents / f"{mutant.script}.py", folder)
             (folder / f"{mutant}.py").write_text(mutant.apply(agents))
             wanted |= {f"{file}.py::{test}[{script}]" for script in (mutant.script, mutant)}
         chosen, report = folder / "chosen.txt", folder / "report.xml"
         chosen.write_text("\n".join(wanted))
-        files = sorted({str(TESTS / test.split("::")[0]) for test in wanted})
         command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
         command += ["--tb=no", f"--agents={folder}", f"--only={chosen}", f"--junit-xml={report}"]
-        done = subprocess.run(command + files, cwd=TESTS.parent, capture_output=True, text=True)
+        command += sorted({str(TESTS / test.split("::")[0]) for test in wanted})
+        done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
         assert report.exists(), done.stdout + done.stderr
         return outcomes(report)
 
@@ -89,11 +74,9 @@ def outcomes(report: Path) -> dict[str, set[str]]:
     """What a JUnit report says of each file::test[script]."""
     found = defaultdict(set)
     for case in ElementTree.parse(report).iter("testcase"):
-        name, _, parameters = case.get("name").partition("[")
+        name, _, parameters = case.get("name").rstrip("]").partition("[")
         file = case.get("classname").rpartition(".")[2]
-        script = next(
-            x for x in parameters.rstrip("]").split("-") if x.endswith(BACKENDS) or "__" in x
-        )
+        (script,) = (x for x in parameters.split("-") if x.endswith(BACKENDS) or "__" in x)
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
         found[f"{file}::{name}[{script}]"] |= kinds or {"passed"}
     return found

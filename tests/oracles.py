@@ -1,8 +1,4 @@
-"""States, batches and float64 references that the tests of the mathematics share.
-
-The references are NumPy, written from the papers; they share no line with the scripts. Inputs and
-comparisons are NumPy too: outside jit, JAX would compile every operation for every shape.
-"""
+"""States, batches and references in NumPy (JAX would compile every operation for every shape)."""
 
 from functools import cache, partial
 
@@ -14,12 +10,10 @@ from flax.training.train_state import TrainState
 
 OBS, ACT, BATCH = 5, 3, 7  # distinct primes, so that no two axes can be mistaken for each other
 SAMPLES = SMALL["action_samples"]  # a prime, too, and no array has it beside [O]
+LEARNING = 10_000  # a step after all random actions
 
 
-# --- inputs ---------------------------------------------------------------------------------------
-
-
-def step_sizes(script, actor=3e-4, critic=3e-4, duals=3e-4) -> dict:
+def step_sizes(script, actor: float, critic: float, duals: float = 1e-2) -> dict:
     """The flags of Adam's step sizes; TD3 has one for all, SAC one for its actor and alpha."""
     if script.algorithm == "td3":
         return dict(learning_rate=critic)
@@ -29,11 +23,11 @@ def step_sizes(script, actor=3e-4, critic=3e-4, duals=3e-4) -> dict:
 
 def noiseless(script) -> dict:
     """The flags that leave no noise and no entropy in actions, targets and losses."""
-    if script.algorithm == "td3":
-        return dict(policy_noise=0.0, exploration_noise=0.0)
-    if script.algorithm == "mpo":
-        return dict(initial_stddev=1e-30)
-    return dict(log_std_min=-20.0, log_std_max=-20.0, alpha=1e-30, autotune=False)
+    return {
+        "td3": dict(policy_noise=0.0, exploration_noise=0.0),
+        "mpo": dict(initial_stddev=1e-30),
+        "sac": dict(log_std_min=-20.0, log_std_max=-20.0, alpha=1e-30, autotune=False),
+    }[script.algorithm]
 
 
 def always(script) -> dict:
@@ -42,44 +36,31 @@ def always(script) -> dict:
     return {flags[script.algorithm]: 1} if script.algorithm in flags else {}
 
 
-def linear_args(script, **changes):
-    """Flags of networks that a test can write down with `linear`."""
+def plain_args(script, **changes):
+    """Flags of networks that a test can write down."""
     return small_args(script, **dict(layer_norm=False, normalize_obs=False) | changes)
-
-
-def linear(kernel, bias) -> dict:
-    """Parameters of a network that is linear: its hidden layers pass on both signs of the input."""
-    kernel, bias = np.float32(kernel), np.float32(bias)
-    inputs, width, critics = kernel.shape[-2], SMALL["hidden_width"], kernel.shape[:-2]
-    unused = np.zeros((*critics, width - 2 * inputs, kernel.shape[-1]), np.float32)
-    both = np.eye(inputs, width) - np.eye(inputs, width, inputs)
-    layers = both, np.eye(width), np.concatenate([kernel, -kernel, unused], axis=-2)
-    biases = np.zeros(width), np.zeros(width), bias
-    return {
-        "params": {
-            f"Dense_{i}": {
-                "kernel": np.float32(np.broadcast_to(layer, (*critics, *layer.shape[-2:]))),
-                "bias": np.float32(np.broadcast_to(offset, (*critics, offset.shape[-1]))),
-            }
-            for i, (layer, offset) in enumerate(zip(layers, biases))
-        }
-    }
 
 
 def constant(values) -> dict:
     """An actor whose last layer returns these values everywhere."""
-    return linear(np.zeros((OBS, len(values))), values)
+    sizes = OBS, SMALL["hidden_width"], SMALL["hidden_width"], len(values)
+    kernels = [np.zeros(sizes[i : i + 2], np.float32) for i in range(3)]
+    biases = [*(kernel[0] for kernel in kernels[:2]), np.float32(values)]
+    layers = [dict(kernel=x, bias=y) for x, y in zip(kernels, biases)]
+    return {"params": {f"Dense_{i}": layer for i, layer in enumerate(layers)}}
 
 
-def constant_critics(first: float, second: float) -> dict:
-    """Both critics, each with one value everywhere."""
-    return linear(np.zeros((2, OBS + ACT, 1)), [[first], [second]])
-
-
-def action_critics(preference) -> dict:
-    """Both critics; the value is the scalar product of the action with a preference [A]."""
-    kernel = np.concatenate([np.zeros(OBS), preference])[:, None]
-    return linear(np.stack([kernel, kernel]), np.zeros((2, 1)))
+def gaussian_actor(script, mean, std, args) -> dict:
+    """An actor whose Gaussian is the same everywhere, [A] each; TD3's std is a flag."""
+    mean, std = np.broadcast_arrays(np.atleast_1d(mean).astype(float), std)
+    if script.algorithm == "td3":
+        return constant(np.arctanh(mean))
+    if script.algorithm == "mpo":
+        spread = np.log(np.expm1(std * np.log(2) / args.initial_stddev))
+    else:
+        share = (np.log(std) - args.log_std_min) / (args.log_std_max - args.log_std_min)
+        spread = np.arctanh(2 * share - 1)
+    return constant(np.concatenate([mean, spread]))
 
 
 @cache
@@ -88,37 +69,18 @@ def compiled(function):
     return jax.jit(function, static_argnames="args")
 
 
-@cache
-def td_target(script):
-    """`td_target(state, batch, key, args=args)` under jit: MPO's with the values it is made of."""
-
-    def target(state, batch, key, args):
-        actions = script.sample_actions(state.target_actor, batch.next_obs, key, args)
-        next_q = script.sampled_values(state.target_critic, batch.next_obs, actions, args)
-        return script.td_target(batch, next_q, args)
-
-    return compiled(target if script.algorithm == "mpo" else script.td_target)
-
-
 def init(script, args, seed: int = 0):
-    """The state before its first update."""
     return script.init(jax.random.key(seed), OBS, ACT, args)
 
 
 def update(script, state, batch, args, seed: int = 0):
-    """State and metrics after an update."""
     return compiled(script.update)(state, batch, jax.random.key(seed), args=args)
 
 
-def explore(script, state, buffer, args, obs=np.ones(OBS, np.float32), step=10_000, seed=0):
-    """Actions [..., A] at steps [...] of a run that has been learning, unless step says else."""
-    key, actor = jax.random.key(seed), state.actor.params
-
-    def at(step):
-        return script.explore(actor, buffer, obs, key, step, args)
-
-    step = np.int32(step)
-    return jax.vmap(at)(step) if step.ndim else at(step)
+def explore(script, state, buffer, args, obs=np.ones(OBS, np.float32), step=LEARNING, seed=0):
+    key, actor, steps = jax.random.key(seed), state.actor.params, np.int32(step)
+    actions = jax.vmap(lambda step: script.explore(actor, buffer, obs, key, step, args))
+    return np.asarray(actions(steps.reshape(-1))).reshape(*steps.shape, -1)
 
 
 def params_of(state, name: str):
@@ -129,28 +91,21 @@ def params_of(state, name: str):
 
 def replaced(state, **params):
     """The state with other parameters, optimisers as they are."""
-
-    def fields():
-        for name, value in params.items():
-            old = getattr(state, name)
-            yield name, old.replace(params=value) if isinstance(old, TrainState) else value
-
-    return state._replace(**dict(fields()))
+    for name, value in params.items():
+        old = getattr(state, name)
+        value = old.replace(params=value) if isinstance(old, TrainState) else value
+        state = state._replace(**{name: value})
+    return state
 
 
 DESCENT, REST = optax.sgd(1.0), optax.sgd(0.0)
 
 
-def optimised(state, by, *names: str):
-    """The state with another optimiser for these networks, or for all.
-
-    After a step of DESCENT, old parameters minus new ones are the gradient.
-    """
-    fields = state._asdict().items()
-    trained = {name: x for name, x in fields if isinstance(x, TrainState)}
-    chosen = {name: trained[name] for name in names or trained}
+def optimised(state, by):
+    """The state with other optimisers; a step of DESCENT subtracts the gradient."""
+    trained = {name: x for name, x in state._asdict().items() if isinstance(x, TrainState)}
     return state._replace(
-        **{name: x.replace(tx=by, opt_state=by.init(x.params)) for name, x in chosen.items()}
+        **{name: x.replace(tx=by, opt_state=by.init(x.params)) for name, x in trained.items()}
     )
 
 
@@ -175,7 +130,7 @@ def random_batch(script, size: int = BATCH, seed: int = 0):
         obs=np.float32(rng.normal(size=(size, OBS))),
         action=np.float32(rng.uniform(-1, 1, (size, ACT))),
         reward=np.float32(rng.normal(size=size)),
-        discount=np.float32(np.arange(size) % 2),
+        discount=np.float32(0.9 * (np.arange(size) % 2)),
         next_obs=np.float32(rng.normal(size=(size, OBS))),
     )
 
@@ -186,11 +141,7 @@ def same_observations(script, size: int):
     return batch._replace(reward=np.ones(size, np.float32), discount=np.ones(size, np.float32))
 
 
-# --- comparisons ----------------------------------------------------------------------------------
-
-
 def assert_equal(actual, expected):
-    """Every leaf of the two trees is the same, bit by bit."""
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -214,15 +165,11 @@ def shapes(tree):
     return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
 
 
-# --- references in float64 ------------------------------------------------------------------------
-
-
 def float64(tree):
     return jax.tree.map(partial(np.asarray, dtype=np.float64), tree)
 
 
 def difference(old, new):
-    """Old parameters minus new ones: after a step of DESCENT, the gradient."""
     return jax.tree.map(np.subtract, float64(old), float64(new))
 
 
@@ -231,14 +178,13 @@ def mlp(network: dict, x, layer_norm: bool = False):
     layers = network["params"]
     for i in range(3):
         x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
-        if i == 2:
-            return x
-        if layer_norm:
+        if i < 2 and layer_norm:
             norm = layers[f"LayerNorm_{i}"]
             x = x - x.mean(-1, keepdims=True)
             x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
             x = x * norm["scale"] + norm["bias"]
-        x = np.maximum(x, 0)
+        x = np.maximum(x, 0) if i < 2 else x
+    return x
 
 
 def q_values(critic, obs, action, args):
@@ -257,14 +203,12 @@ def greedy(script, actor, obs):
 def finite_differences(loss, params, step: float = 1e-6):
     """The gradient of `loss(params)` by central differences, a tree like params."""
     leaves, tree = jax.tree.flatten(float64(params))
-    leaves = [leaf.copy() for leaf in leaves]
-    gradients = [np.zeros_like(leaf) for leaf in leaves]
-    for leaf, gradient in zip(leaves, gradients):
-        for i in np.ndindex(leaf.shape):
-            here = leaf[i]
-            leaf[i] = here + step
-            above = loss(jax.tree.unflatten(tree, leaves))
-            leaf[i] = here - step
-            gradient[i] = (above - loss(jax.tree.unflatten(tree, leaves))) / (2 * step)
-            leaf[i] = here
-    return jax.tree.unflatten(tree, gradients)
+    flat, ends = np.concatenate([x.ravel() for x in leaves]), np.cumsum([x.size for x in leaves])
+
+    def as_tree(x):
+        rows = zip(np.split(x, ends[:-1]), leaves)
+        return jax.tree.unflatten(tree, [row.reshape(leaf.shape) for row, leaf in rows])
+
+    steps = step * np.eye(flat.size)
+    rises = [loss(as_tree(flat + x)) - loss(as_tree(flat - x)) for x in steps]
+    return as_tree(np.array(rises) / (2 * step))

@@ -35,21 +35,27 @@ def run(script, args, killed_at: int | None = None):
         return writers[-1]
 
     # The checks of conftest.py take a third of the time; the tests of the mathematics have them on.
-    with contextlib.ExitStack() as stack, jax.debug_key_reuse(False):
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+    with pytest.MonkeyPatch.context() as patch, jax.debug_key_reuse(False):
         patch.setattr(script, "insert", insert_or_die)
         patch.setattr(script, "SummaryWriter", writer)
-        stack.callback(lambda: [writer.close() for writer in writers])
-        if killed_at is not None:
-            stack.enter_context(pytest.raises(Killed))
-        script.main(args)
+        try:
+            with pytest.raises(Killed) if killed_at else contextlib.nullcontext():
+                script.main(args)
+        finally:
+            for opened in writers:
+                opened.close()
 
 
 def parse(script, *words: str):
-    """The flags that these words of a command line make."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__, *words])
         return script.parse_args()
+
+
+def exits(capsys, function, *inputs, **flags) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        function(*inputs, **flags)
+    return end.value.code, capsys.readouterr().err
 
 
 class Saved(NamedTuple):
@@ -67,7 +73,6 @@ class Saved(NamedTuple):
 
 
 def saved(script, args, run_dir: str | Path = "run") -> Saved:
-    """What the script itself loads from this directory."""
     env = script.Interface(args)
     sizes = env.obs_dim, env.low.size, args
     with jax.debug_key_reuse(False):
@@ -76,13 +81,11 @@ def saved(script, args, run_dir: str | Path = "run") -> Saved:
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file."""
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
 
 
 def newest(run_dir: Path) -> dict[str, np.ndarray]:
-    """The arrays of the newest checkpoint."""
     return arrays(max((run_dir / "checkpoint").glob("*.npz")))
 
 
@@ -100,16 +103,10 @@ def evaluations(run_dir: Path) -> list[dict]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]):
-    assert a.keys() == b.keys()
-    for name, x in a.items():
-        np.testing.assert_array_equal(x, b[name], err_msg=name)
-
-
 def assert_same_run(a: Path, b: Path):
     """To the last bit: networks, optimisers, buffer, moments, evaluations, policy."""
-    assert_same_arrays(newest(a), newest(b))
-    assert_same_arrays(arrays(a / "policy.npz"), arrays(b / "policy.npz"))
+    np.testing.assert_equal(newest(a), newest(b))
+    np.testing.assert_equal(arrays(a / "policy.npz"), arrays(b / "policy.npz"))
     assert (a / "eval.csv").read_bytes() == (b / "eval.csv").read_bytes()
 
 

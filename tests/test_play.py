@@ -1,5 +1,6 @@
 """agents/play.py repeats the evaluations of a run; and the documents name flags that exist."""
 
+import csv
 import re
 import shutil
 import sys
@@ -18,8 +19,6 @@ RUNS = {  # actions that tanh squashes, and clipped ones
     "sac_dmc": dict(env_id="cartpole-swingup", env_kwargs='{"task_kwargs": {"time_limit": 1}}'),
     "mpo_gym": dict(env_id="Pendulum-v1", action_repeat=2),
 }
-
-
 # Flags of pip, uv, sbatch and TensorBoard.
 OTHERS = set("array help logdir no-deps override requeue wrap".split())
 
@@ -30,8 +29,8 @@ def runs(tmp_path_factory):
     flags = dict(total_timesteps=60, learning_starts=100, eval_frequency=60, seed=3)
     directories = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     for name, directory in directories.items():
-        script, where = load(AGENTS / f"{name}.py"), {"run_dir": str(directory)}
-        running.run(script, small_args(script, **RUNS[name], **flags, **where))
+        script = load(AGENTS / f"{name}.py")
+        running.run(script, small_args(script, **RUNS[name], **flags, run_dir=str(directory)))
     return directories
 
 
@@ -49,6 +48,19 @@ def test_plays_a_policy_that_lies_alone(runs, tmp_path):
     policy = tmp_path / shutil.copy(runs["sac_dmc"] / "policy.npz", tmp_path)
     alone = dict(agent="sac_dmc", env_id="cartpole-swingup")  # episodes have their 10 seconds
     assert play.main(play.Flags(policy, episodes=2, seed=5, **alone)) > returns > [0, 0]
+
+
+def test_plays_the_policies_that_come_with_the_repository():
+    """As in their last evaluations, within what sums in another order do to an episode."""
+    folder = REPOSITORY / "benchmark" / "results" / "policies"
+    table = csv.DictReader((folder / "eval.csv").read_text().splitlines())
+    rows = [row for row in table if row["episode"] == "0"]
+    assert rows and {x["policy"] for x in rows} == {path.stem for path in folder.glob("*.npz")}
+    for row in rows:
+        path = folder / f"{row['policy']}.npz"
+        returns = play.main(play.Flags(path, episodes=1))
+        assert returns == [pytest.approx(float(row["return"]), rel=0.05)], path
+        assert path.stat().st_size < 400_000
 
 
 def test_films_the_first_episode(runs, tmp_path, monkeypatch):
@@ -79,9 +91,9 @@ MISTAKES = {
 def test_says_what_cannot_be_played(said, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(runs["mpo_gym"] / "policy.npz", "alone.npz")
-    with pytest.raises(SystemExit, match="2"):
-        play.main(play.Flags(**{"policy": runs["mpo_gym"]} | MISTAKES[said]))
-    assert said in capsys.readouterr().err
+    flags = play.Flags(**{"policy": runs["mpo_gym"]} | MISTAKES[said])
+    code, message = running.exits(capsys, play.main, flags)
+    assert code == 2 and said in message
 
 
 def test_documents_name_flags_and_files_that_exist():

@@ -15,8 +15,8 @@ sys.path.append(str(REPOSITORY / "benchmark"))
 import pandas as pd  # noqa: E402
 import report  # noqa: E402
 from rliable import library, metrics  # noqa: E402
+from running import exits  # noqa: E402
 
-RESULTS = REPOSITORY / "benchmark" / "results"
 PUBLISHED = """env_id,algorithm,series,step,return,seeds,method,source
 cartpole-swingup,SAC,best,50,700,1,wide,somebody's file
 cartpole-swingup,any,any,100,880,,any,another file
@@ -37,7 +37,6 @@ def run(folder: Path, agent: str, env_id: str, seed: int, returns: dict, old=Non
 
 
 def make(tmp_path: Path, *results: Path, **changes) -> str:
-    """The text of report.md."""
     (tmp_path / "published.csv").write_text(PUBLISHED)
     options = {"published": tmp_path / "published.csv", "steps": (50, 100)} | changes
     report.main(report.Args(results, out_dir=tmp_path / "out", **options))
@@ -46,7 +45,6 @@ def make(tmp_path: Path, *results: Path, **changes) -> str:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Tables alone take a tenth of the time."""
     for name in ("draw_curves", "draw_profile"):
         monkeypatch.setattr(report, name, lambda *_: None)
 
@@ -73,10 +71,7 @@ def curves(tmp_path):
     return folder
 
 
-# --- whole reports --------------------------------------------------------------------------------
-
-
-def test_tables(tmp_path, curves, no_figures, capsys):
+def test_tables(tmp_path, curves, no_figures):
     """What is known of each seed, where it comes from, and whom it is beside."""
     text = make(tmp_path, curves)
     for line in """
@@ -91,20 +86,16 @@ def test_tables(tmp_path, curves, no_figures, capsys):
         - The seeds of SAC on cartpole-swingup differ in n_step: 1, 3
     """.strip().split("\n"):
         assert line.strip() in text, line
+    table = tmp_path / "studies" / "x.csv"  # says as much as the runs did, but for their flags
+    report.main(report.Args((curves,), table=table))
+    assert make(tmp_path, table) == re.sub(r"\n- The seeds of .*\n$", "", text)
 
 
 def test_committed_report(tmp_path, no_figures):
     """The default command makes the tables in benchmark/results again."""
+    committed = REPOSITORY / "benchmark" / "results" / "report.md"
     report.main(report.Args(out_dir=tmp_path))
-    assert (tmp_path / "report.md").read_bytes() == (RESULTS / "report.md").read_bytes()
-
-
-def test_table_of_a_study(tmp_path, curves, no_figures):
-    """One file says as much as the runs did, but for their flags."""
-    table = tmp_path / "studies" / "x.csv"
-    whole = make(tmp_path, curves)
-    report.main(report.Args((curves,), table=table))
-    assert make(tmp_path, table) == re.sub(r"\n- The seeds of .*\n$", "", whole)
+    assert (tmp_path / "report.md").read_bytes() == committed.read_bytes()
 
 
 def test_negative_returns(tmp_path, monkeypatch):
@@ -120,15 +111,11 @@ def test_negative_returns(tmp_path, monkeypatch):
 
 
 def test_published_numbers():
-    """The committed file has what the report looks for, and a source for every number."""
     published = pd.read_csv(REPOSITORY / "benchmark" / "published.csv")
     assert set(published.series) == {"best", "earlier", "any"}
     assert (published["return"] > 0).all() and (published.step >= 100_000).all()
     assert published[["source", "method"]].notna().all(axis=None)
     assert not published.duplicated(["env_id", "algorithm", "series", "step", "seeds"]).any()
-
-
-# --- variants and bad files -----------------------------------------------------------------------
 
 
 def test_variants(tmp_path, no_figures, capsys):
@@ -138,9 +125,8 @@ def test_variants(tmp_path, no_figures, capsys):
     run(tmp_path / "b", "sac_dmc", "walker-walk", 0, {50: 9, 100: 600}, n_step=3)
     text = make(tmp_path, tmp_path / "a")
     assert re.findall(r"^\| (\w+) \| 1 \|", text, re.M) == ["SAC", "SAC3", "sac_dmc_wide"]
-    with pytest.raises(SystemExit, match="2"):
-        make(tmp_path, tmp_path)
-    assert "tell variants apart with --by" in capsys.readouterr().err
+    code, said = exits(capsys, make, tmp_path, tmp_path)
+    assert code == 2 and "tell variants apart with --by" in said
     text = make(tmp_path, tmp_path, by=("n_step",))
     assert "| SAC, n_step 1 | 1 | 9 | 500 |" in text and "| SAC, n_step 3 | 1 | 9 | 600 |" in text
 
@@ -159,15 +145,10 @@ HEADER = ",".join(report.EPISODES) + "\n"
     ],
 )
 def test_bad_files(tmp_path, capsys, name, text, message):
-    """A sentence and exit code 2."""
     file = run(tmp_path / "runs", "sac_dmc", "x", 0, {100: 500}) / name
     file.unlink() if text is None else file.write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        make(tmp_path, tmp_path / "runs")
-    assert message in capsys.readouterr().err
-
-
-# --- statistics -----------------------------------------------------------------------------------
+    code, said = exits(capsys, make, tmp_path, tmp_path / "runs")
+    assert code == 2 and message in said
 
 
 def test_iqm_and_profile():

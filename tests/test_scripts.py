@@ -1,8 +1,4 @@
-"""A script on its own: copied into an empty directory, killed there, and started again.
-
-Algorithms take turns with backends and with tasks whose physics are hard to repeat: contacts, early
-terminations, and quantities that lag behind.
-"""
+"""A script on its own: copied into an empty directory, killed there, and started again."""
 
 import os
 import shutil
@@ -15,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import COMPILED, small_args
-from running import assert_same_run, points, run
+from oracles import step_sizes
+from running import assert_same_run, evaluations, points, run
 
+# Physics that are hard to repeat: contacts, terminations, quantities that lag behind.
 TASKS = {"sac_dmc": "quadruped-walk", "td3_gym": "Hopper-v5", "mpo_gym": "Humanoid-v5"}
 FLAGS = dict(
     run_dir="run", total_timesteps=500, learning_starts=100, checkpoint_frequency=50, n_step=3,
@@ -25,10 +23,7 @@ FLAGS = dict(
 
 
 def start(script, folder: Path) -> subprocess.Popen:
-    """Runs a copy of the script in this folder as a new shell would, without this repository.
-
-    Only compilations are shared with this process, and so is what conftest.py says to XLA.
-    """
+    """A copy of the script in this folder, as a new shell runs it; compilations are shared."""
     environ = {name: os.environ[name] for name in ("PATH", "HOME", "XLA_FLAGS")}
     environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": COMPILED.name}
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -73,3 +68,19 @@ def test_runs_alone_and_survives_a_kill(script, tmp_path, monkeypatch):
     assert theirs <= ours and {step % 50 for _, step, _ in ours - theirs} <= {0}
     names = {path.name for path in folder.iterdir()} - {"__pycache__"}
     assert names == {"run", Path(script.__file__).name}
+
+
+@pytest.mark.slow
+@pytest.mark.backends("gym")  # which share their learning with the others
+def test_solves_the_pendulum(script, tmp_path):
+    """It costs about -1200 under a random policy, and -150 at best."""
+    flags = "--env-id Pendulum-v1 --total-timesteps 12500 --learning-starts 1000 --hidden-width 64"
+    flags += " --batch-size 64 --eval-frequency 2500"
+    for name, value in step_sizes(script, actor=1e-3, critic=1e-3).items():
+        flags += f" --{name.replace('_', '-')} {value}"
+    # A process of its own: the checks that conftest.py turns on would slow every step down.
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, script.__file__, *flags.split(), "--run-dir", tmp_path / "run"]
+    subprocess.run(command, env=plain, check=True)
+    returns = [float(row["return"]) for row in evaluations(tmp_path / "run")]
+    assert np.mean(returns[-20:]) > -400  # of the last two evaluations

@@ -55,17 +55,12 @@ target_entropy_scale  0.5      1.0      -        -        -        -
 SAME_DEFAULTS = dict(
     seed=0, action_repeat=1, total_timesteps=1_000_000, eval_frequency=5_000, eval_episodes=10,
     log_frequency=1_000, checkpoint_frequency=25_000, buffer_size=1_000_000, updates_per_step=1,
-    batch_size=256, gamma=0.99, hidden_width=256, tau=0.005,
-    autotune=True, log_std_min=-5.0, log_std_max=2.0,
-    policy_frequency=2, policy_noise=0.2, noise_clip=0.5,
-    target_network_frequency=100, action_samples=20, dual_lr=1e-2, temperature_solver="newton",
-    temperature=1.0, alpha_mean=1.0, alpha_stddev=10.0, epsilon=0.1, epsilon_penalty=1e-3,
-    epsilon_mean=2.5e-3, epsilon_stddev=1e-6, per_dim_constraining=True, action_penalty=True,
-    initial_stddev=0.5,
+    batch_size=256, gamma=0.99, hidden_width=256, tau=0.005, autotune=True, log_std_min=-5.0,
+    log_std_max=2.0, policy_frequency=2, policy_noise=0.2, noise_clip=0.5, action_samples=20,
+    target_network_frequency=100, dual_lr=1e-2, temperature_solver="newton", temperature=1.0,
+    alpha_mean=1.0, alpha_stddev=10.0, epsilon=0.1, epsilon_penalty=1e-3, epsilon_mean=2.5e-3,
+    epsilon_stddev=1e-6, per_dim_constraining=True, action_penalty=True, initial_stddev=0.5,
 )  # fmt: skip
-
-
-# --- reading a script -----------------------------------------------------------------------------
 
 
 def name_of(node: ast.stmt) -> str | None:
@@ -77,14 +72,16 @@ def name_of(node: ast.stmt) -> str | None:
     return "__main__" if isinstance(node, ast.If) else None
 
 
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 @functools.cache
 def blocks(path: Path) -> dict[str, str]:
     """The text of each named top-level block, in order, with decorators and comments inside."""
-    text = path.read_text()
-    lines, found = text.splitlines(), {}
-    for node in ast.parse(text).body:
-        decorators = getattr(node, "decorator_list", [])
-        start = min([node.lineno] + [x.lineno for x in decorators])
+    lines, found = path.read_text().splitlines(), {}
+    for node in tree(path).body:
+        start = min(x.lineno for x in [node, *getattr(node, "decorator_list", [])])
         if name := name_of(node):
             found[name] = "\n".join(lines[start - 1 : node.end_lineno])
     return found
@@ -92,25 +89,26 @@ def blocks(path: Path) -> dict[str, str]:
 
 def imports(path: Path) -> set[str]:
     """The modules that a script imports; which names it takes from them is its own matter."""
-    nodes = ast.parse(path.read_text()).body
+    nodes = tree(path).body
     modules = {f"from {node.module}" for node in nodes if isinstance(node, ast.ImportFrom)}
     return modules | {ast.unparse(node) for node in nodes if isinstance(node, ast.Import)}
 
 
-def ruled_lines(path: Path) -> list[tuple[int, str]]:
-    """Number and noun of the lines that begin a section."""
-    lines = enumerate(path.read_text().splitlines(), start=1)
-    matches = [(number, RULED_LINE.fullmatch(line)) for number, line in lines]
-    return [(number, match[1]) for number, match in matches if match]
+@functools.cache
+def nouns(path: Path) -> list[str]:
+    """The section in which each line is, empty above the first."""
+    found = [""]
+    for line in path.read_text().splitlines():
+        match = RULED_LINE.fullmatch(line)
+        found.append(match[1] if match else found[-1])
+    return found
 
 
 def sections(path: Path) -> dict[str, list[str]]:
-    """The names defined under each ruled line, and those above the first."""
-    found = {"": []} | {noun: [] for _, noun in ruled_lines(path)}
-    for node in ast.parse(path.read_text()).body:
-        above = [noun for number, noun in ruled_lines(path) if number < node.lineno]
+    found = {noun: [] for noun in nouns(path)}
+    for node in tree(path).body:
         if name := name_of(node):
-            found[["", *above][-1]].append(name)
+            found[nouns(path)[node.lineno]].append(name)
     return found
 
 
@@ -121,45 +119,28 @@ def fields(text: str) -> dict[str, tuple[str, str, str]]:
     return {match[1]: match.groups()[1:] for match in matches if match}
 
 
-def metadata(path: Path) -> dict:
-    """The script's inline metadata (PEP 723)."""
-    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())[1]
-    return tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
-
-
 @functools.cache
 def code(path: Path) -> dict[int, str]:
     """Number and text of the lines that hold code: no blanks, comments or docstrings."""
     text, found = path.read_text(), {}
-    lines, docstrings = text.splitlines(), set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines, docstrings = ["", *text.splitlines()], set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column].rstrip()
+            lines[row] = lines[row][:column].rstrip()
         elif token.string.strip():
-            rows = range(token.start[0], token.end[0] + 1)
-            found |= {row: lines[row - 1] for row in rows if row not in docstrings}
-    return {row: lines[row - 1] for row in sorted(found)}
-
-
-# --- the family -----------------------------------------------------------------------------------
+            found |= dict.fromkeys(range(row, token.end[0] + 1))
+    return {row: lines[row] for row in sorted(found.keys() - docstrings)}
 
 
 @pytest.fixture
-def agents(request) -> list[Path]:
-    """All scripts."""
-    return sorted(request.config.getoption("--agents").glob("*_*.py"))
-
-
-def difference(name: str, a: Path, b: Path) -> str:
-    """A unified diff of a block in two scripts, empty if there is none."""
-    texts = [blocks(path).get(name, "").splitlines() for path in (a, b)]
-    return "\n".join(difflib.unified_diff(*texts, f"{a.name}: {name}", f"{b.name}: {name}", "", ""))
+def pairs(request) -> list[tuple[Path, Path]]:
+    return list(
+        itertools.combinations(sorted(request.config.getoption("--agents").glob("*_*.py")), 2)
+    )
 
 
 def shared(name: str, a: Path, b: Path) -> bool:
@@ -167,81 +148,61 @@ def shared(name: str, a: Path, b: Path) -> bool:
     (algorithm, backend), (other_algorithm, other_backend) = parts(a), parts(b)
     if name in BACKEND:
         return backend == other_backend
-    if name in ROLES:
-        return algorithm == other_algorithm and name != "Args"
-    return True
+    return name not in ROLES or (algorithm == other_algorithm and name != "Args")
 
 
-def test_same_name_same_text(agents):
-    differences = [
-        difference(name, a, b)
-        for a, b in itertools.combinations(agents, 2)
-        for name in blocks(a)
-        if name in blocks(b) and shared(name, a, b)
-    ]
-    assert not any(differences), "\n\n".join(filter(None, differences))
-
-
-def test_sections_names_and_imports(agents):
-    """The same in the same order, as far as two scripts have them in common; backends have all."""
-    for path in agents:
-        assert list(sections(path)) == ["", *SECTIONS], path.name
-        assert ROLES | BACKEND <= set(blocks(path)), path.name
-    for a, b in itertools.combinations(agents, 2):
+def test_same_name_same_text(pairs):
+    """The same names in the same order, as far as two scripts have them in common."""
+    for a, b in pairs:
         for section, names in sections(a).items():
             others = sections(b)[section]
-            ours = [name for name in names if name in others]
-            assert ours == [name for name in others if name in names], (a.name, b.name, section)
-        if parts(a)[0] == parts(b)[0]:
-            assert list(blocks(a)) == list(blocks(b)), (a.name, b.name)
-            assert imports(a) ^ imports(b) <= {f"import {name}" for name in DMC_IMPORTS}, a.name
-
-
-def test_args(agents):
-    """Two backends differ in defaults and in what an environment is called; a flag that two
-    algorithms have in common has the same type in both."""
-    for a, b in itertools.combinations(agents, 2):
+            common = [name for name in names if name in others]
+            assert common == [name for name in others if name in names], (a.name, b.name, section)
+        for name in [name for name in blocks(a) if name in blocks(b) and shared(name, a, b)]:
+            assert blocks(a)[name] == blocks(b)[name], (a.name, b.name)
         ours, theirs = (fields(blocks(path)["Args"]) for path in (a, b))
-        common = ours.keys() & theirs.keys()
-        if parts(a)[0] == parts(b)[0]:
-            assert list(ours) == list(theirs), (a.name, b.name)
-            comments = {name for name in common if ours[name][2] != theirs[name][2]}
-            assert comments <= {"env_id"}, (a.name, b.name)
-        assert not [name for name in common if ours[name][0] != theirs[name][0]], (a.name, b.name)
+        types = {name: (ours[name][0], theirs[name][0]) for name in ours.keys() & theirs.keys()}
+        assert all(x == y for x, y in types.values()), (a.name, b.name, types)
 
 
-def test_backends_differ_little(agents):
-    """In at most 36 lines, counted on the side that has more of them."""
-    for a, b in itertools.combinations(agents, 2):
-        if parts(a)[0] == parts(b)[0]:
-            lines = list(difflib.ndiff(*(path.read_text().splitlines() for path in (a, b))))
-            changed = [sum(line.startswith(sign) for line in lines) for sign in ("- ", "+ ")]
-            assert max(changed) <= 36, (a.name, b.name, changed)
+def test_backends_differ_little(pairs):
+    """In defaults, in what an environment is called, and in at most 36 lines of the longer one."""
+    for a, b in [(a, b) for a, b in pairs if parts(a)[0] == parts(b)[0]]:
+        assert list(blocks(a)) == list(blocks(b)), (a.name, b.name)
+        assert imports(a) ^ imports(b) <= {f"import {name}" for name in DMC_IMPORTS}, a.name
+        ours, theirs = (fields(blocks(path)["Args"]) for path in (a, b))
+        assert list(ours) == list(theirs), (a.name, b.name)
+        assert {name for name in ours if ours[name][2] != theirs[name][2]} <= {"env_id"}, a.name
+        lines = list(difflib.ndiff(*(path.read_text().splitlines() for path in (a, b))))
+        changed = [sum(line.startswith(sign) for line in lines) for sign in ("- ", "+ ")]
+        assert max(changed) <= 36, (a.name, b.name, changed)
 
 
-def test_dependencies(agents):
-    """The inline metadata asks for what requirements.txt lists, in the same words."""
+def test_sections_and_dependencies(script):
+    """The inline metadata (PEP 723) asks for what requirements.txt lists, in the same words."""
+    path = Path(script.__file__)
+    assert list(sections(path)) == ["", *SECTIONS] and ROLES | BACKEND <= set(blocks(path))
+    block = path.read_text().removeprefix("# /// script\n").partition("# ///\n")[0]
+    metadata = tomllib.loads(block.replace("# ", ""))
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
-    required = {line.partition("#")[0].strip() for line in lines}
-    for path in agents:
-        assert set(metadata(path)["dependencies"]) <= required, path.name
-        assert metadata(path)["requires-python"] == metadata(agents[0])["requires-python"]
-
-
-# --- size -----------------------------------------------------------------------------------------
+    assert set(metadata["dependencies"]) <= {x.partition("#")[0].strip() for x in lines}
+    assert metadata["requires-python"] == ">=3.11"
 
 
 def test_scripts_stay_small(script):
-    """And are not crammed for it: at most 53 characters in a code line, with its indentation."""
+    """And are not crammed for it; nearly half of the code after the flags is the algorithm."""
     path = Path(script.__file__)
     counted, ceilings = (len(code(path)), len(path.read_text().splitlines())), CEILINGS[path.stem]
     assert all(x <= y for x, y in zip(counted, ceilings)), f"{counted} lines, not {ceilings}"
-    average = sum(map(len, code(path).values())) / counted[0]
+    average = sum(map(len, code(path).values())) / counted[0]  # with the indentation
     assert average <= 53.1, f"{average:.2f} characters"
+    (args,) = (node for node in tree(path).body if name_of(node) == "Args")
+    after = [nouns(path)[row] for row in code(path) if row > args.end_lineno]
+    share = sum(noun in ALGORITHM for noun in after) / len(after)  # the aim is 45 % in all
+    assert share >= {"td3": 0.42, "sac": 0.43, "mpo": 0.57}[script.algorithm], f"{share:.1%}"
 
 
-def test_functions_are_short_and_shallow(script):
-    """At most 60 lines, and four levels of indentation."""
+def test_functions_have_60_lines_and_four_levels_at_most(script):
     text, depth = Path(script.__file__).read_text(), 0
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
@@ -251,33 +212,12 @@ def test_functions_are_short_and_shallow(script):
         assert depth <= 4, token.line
 
 
-def test_nearly_half_of_a_script_is_its_algorithm(script):
-    """Of the code after the flags; the aim is 45 % in all of them."""
-    path = Path(script.__file__)
-    end_of_args = next(
-        node.end_lineno for node in ast.parse(path.read_text()).body if name_of(node) == "Args"
-    )
-    after = [row for row in code(path) if row > end_of_args]
-    nouns = [[noun for row, noun in ruled_lines(path) if row < line][-1:] for line in after]
-    share = sum(noun[0] in ALGORITHM for noun in nouns if noun) / len(after)
-    assert share >= {"td3": 0.42, "sac": 0.43, "mpo": 0.57}[script.algorithm], f"{share:.1%}"
-
-
-# --- flags ----------------------------------------------------------------------------------------
-
-
 def test_every_flag_is_read(script):
-    """As `args.name`, or `getattr(args, name)` with its name in the same function."""
-
-    def is_args(node: ast.expr) -> bool:
-        return getattr(node, "id", getattr(node, "attr", "")) == "args"
-
-    nodes = list(ast.walk(ast.parse(Path(script.__file__).read_text())))
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and is_args(n.value)}
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef) and "getattr(args, " in ast.unparse(node):
-            strings = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
-            read |= {value for value in strings if isinstance(value, str)}
+    """As `args.name`, or `getattr(args, name)` with its name in the same line."""
+    lines = code(Path(script.__file__)).values()
+    read = {name for line in lines for name in re.findall(r"\bargs\.(\w+)", line)}
+    for line in [line for line in lines if "getattr(args, " in line]:
+        read |= set(re.findall(r'"(\w+)"', line))
     assert set(script.Args.model_fields) - read == set()
 
 
@@ -295,7 +235,6 @@ def test_every_flag_has_help(script, capsys, monkeypatch):
 
 
 def test_defaults(script):
-    """Those of the tables above, of the types of their fields."""
     header, *rows = (line.split() for line in DEFAULTS.strip().splitlines())
     column = 1 + header.index(Path(script.__file__).stem)
     expected = {row[0]: ast.literal_eval(row[column]) for row in rows if row[column] != "-"}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from running import exits
 
 if sys.platform != "linux":
     pytest.skip("sweeps need Linux", allow_module_level=True)
@@ -23,37 +24,29 @@ SWEEP, FAKE = REPOSITORY / "benchmark" / "sweep.py", REPOSITORY / "tests" / "fak
 needs_ray = pytest.mark.skipif(not sweep.ray, reason="Ray is not installed")
 
 
-def start(results: Path, agent, env_ids, seeds, steps, *flags, **variables) -> subprocess.Popen:
+def start(results: Path, env_ids, seeds, steps, *flags, **variables) -> subprocess.Popen:
     """The sweep's command in a process of its own; `flags` after -- go to the scripts."""
-    command = [sys.executable, SWEEP, "--agents", agent, "--env-ids", *env_ids, "--seeds", *seeds]
+    command = [sys.executable, SWEEP, "--agents", FAKE, "--env-ids", *env_ids, "--seeds", *seeds]
     command += ["--total-timesteps", steps, "--results-dir", results, *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # Locks of cores go to TMPDIR: another sweep on this machine must not hold them.
-    variables |= {"TMPDIR": str(results.parent), "RAY_TMPDIR": "/tmp"}
-    return subprocess.Popen(
-        [*map(str, command)], env=os.environ | variables, cwd=results.parent, **pipes
-    )
+    variables = os.environ | variables | {"TMPDIR": str(results.parent), "RAY_TMPDIR": "/tmp"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*map(str, command)], env=variables, cwd=results.parent, **pipes)
 
 
 def undisturbed(directory: Path, seed: int, steps: int) -> bytes:
-    """The eval.csv of the fake agent, run without a sweep."""
-    command = [sys.executable, FAKE, "--env-id", "well", "--seed", str(seed)]
-    subprocess.run([*command, "--total-timesteps", str(steps), "--run-dir", directory], check=True)
+    command = f"--env-id well --seed {seed} --total-timesteps {steps} --run-dir".split()
+    subprocess.run([sys.executable, FAKE, *command, directory], check=True)
     return (directory / "eval.csv").read_bytes()
 
 
 def table(path: Path, run: str) -> list[dict]:
-    """The lines of a run in runs.csv or wall.csv."""
     return [row for row in csv.DictReader(path.open()) if row["run"] == run]
-
-
-# --- what is there --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("total, period", [(100, 10), (109, 10), (101, 8), (100, 0), (5, 10)])
 @pytest.mark.parametrize("repeat", [1, 4])
 def test_last_evaluation(total, period, repeat):
-    """Against the loop and the condition of the scripts."""
     step, last = 0, 0
     while step < total:
         step += repeat
@@ -95,26 +88,21 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_usage(tmp_path, capsys, changes, flags, message):
-    """One sentence before anything starts."""
     args = {"agents": ("sac_dmc",), "env_ids": ("well",), "seeds": (0,), "total_timesteps": 10}
     config = {"env_id": "well", "n_step": 1, "layer_norm": True, "tau": 0.005}
     (tmp_path / "sac_dmc__well__0").mkdir()
     (tmp_path / "sac_dmc__well__0" / "config.json").write_text(json.dumps({"args": config}))
-    with pytest.raises(SystemExit, match="2"):
-        sweep.make_runs(sweep.Args(**args | {"results_dir": tmp_path} | changes), flags)
-    assert message in capsys.readouterr().err
+    args = sweep.Args(**args | {"results_dir": tmp_path} | changes)
+    code, said = exits(capsys, sweep.make_runs, args, flags)
+    assert code == 2 and message in said
     assert not sweep.contradiction(config, ["--n-step=1", "--layer-norm", "--tau", "5e-3"])
 
 
 def test_no_ray(tmp_path, capsys, monkeypatch):
-    """What to install."""
     monkeypatch.setattr(sweep, "ray", None)
-    with pytest.raises(SystemExit, match="2"):
-        sweep.main(sweep.Args(("sac_dmc",), ("x",), (0,), 10, tmp_path), [])
-    assert "pip install -r benchmark/requirements.txt" in capsys.readouterr().err
-
-
-# --- sweeps ---------------------------------------------------------------------------------------
+    args = sweep.Args(("sac_dmc",), ("x",), (0,), 10, tmp_path)
+    code, said = exits(capsys, sweep.main, args, [])
+    assert code == 2 and "pip install -r benchmark/requirements.txt" in said
 
 
 def test_a_real_script_goes_on(tmp_path, monkeypatch):
@@ -143,7 +131,7 @@ def test_failures_and_leftovers(tmp_path):
     expected = [undisturbed(tmp_path / str(seed), seed, 100) for seed in range(2)]
     undisturbed(results / "fake_agent__well__1", 1, 60)  # began with fewer steps
     tasks = ["well", "breaks-once", "breaks", "refuses"]
-    process = start(results, FAKE, tasks, [0, 1], 100, PYTHONPATH="relative/path")
+    process = start(results, tasks, [0, 1], 100, PYTHONPATH="relative/path")
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 1, output
     assert "\n4 of 8 runs failed.\n" in output
@@ -161,7 +149,7 @@ def test_failures_and_leftovers(tmp_path):
                 assert config["run_dir"] == f"results/{run.name}"
                 assert table(results / "wall.csv", run.name)[-1]["global_step"] == "100"
 
-    again = start(results, FAKE, ["well"], [0, 1], 100)
+    again = start(results, ["well"], [0, 1], 100)
     output, _ = again.communicate(timeout=400)
     assert again.returncode == 0 and "2 runs" in output and "0 to do" in output
 
@@ -175,7 +163,7 @@ def test_interrupted_and_lost(tmp_path):
     cluster, results = Cluster(initialize_head=True, head_node_args=options), tmp_path / "results"
     node = cluster.add_node(num_cpus=1)
     options = (["well"], [0, 1], 200, "--address", cluster.address, "--", "--step-seconds", 0.05)
-    process = start(results, FAKE, *options)
+    process = start(results, *options)
     while not any(results.glob("*/eval.csv")) and process.poll() is None:
         time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -186,7 +174,7 @@ def test_interrupted_and_lost(tmp_path):
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
     assert not any(state.parents[1].name.encode() in x for x in processes)
 
-    process = start(results, FAKE, *options)
+    process = start(results, *options)
     while (results / "runs.csv").read_text().count("\n") < 3 and process.poll() is None:
         time.sleep(1)
     cluster.remove_node(node, allow_graceful=False)

@@ -21,16 +21,11 @@ def layers(network) -> list:
     params = network["params"]
     names = [f"{kind}_{i}" for i in range(3) for kind in ("Dense", "LayerNorm")]
     kinds = ("kernel", "scale", "bias")
-    return [
-        np.asarray(params[name][kind])
-        for name in names
-        for kind in kinds
-        if kind in params.get(name, {})
-    ]
+    found = [(params.get(name, {}), kind) for name in names for kind in kinds]
+    return [np.asarray(layer[kind]) for layer, kind in found if kind in layer]
 
 
 def both(critic) -> list:
-    """The layers of one critic after the other."""
     return [x for i in range(2) for x in layers(jax.tree.map(lambda leaf: leaf[i], critic))]
 
 

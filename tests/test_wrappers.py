@@ -30,14 +30,14 @@ class OldEnv:
 
     def __init__(self, ending=None):
         self.ending, self.closed = ending or {}, False
-        self.rng = np.random.RandomState()
+        self.seed()
 
     def seed(self, seed=None):
         self.rng = np.random.RandomState(seed)
 
     def reset(self):
-        self.t = 0
-        return self.rng.rand(1).astype(np.float32)
+        self.t = -1
+        return self.step(None)[0]
 
     def step(self, action):
         self.t += 1
@@ -52,7 +52,6 @@ class OldEnv:
 
 
 def rollout(env, seed) -> list[tuple]:
-    """What an episode of three steps returns."""
     return [env.reset(seed=seed), *(env.step(np.zeros(2)) for _ in range(3))]
 
 
@@ -66,15 +65,12 @@ def test_old_gym_has_the_api_of_gymnasium():
     (first, info), *steps = rollout(env, 1)
     assert first == np.random.RandomState(1).rand(1).astype(np.float32) and info == {}
     assert rollout(env, 1)[3][0] == steps[2][0] != rollout(env, 2)[3][0]
-    assert [step[2:4] for step in steps] == [(False, False), (False, False), (True, False)]
+    assert [step[2:4] for step in steps] == [(False, False)] * 2 + [(True, False)]
+    for limit in (True, False):  # is told from a termination
+        *_, last = rollout(OldGym(OldEnv({"TimeLimit.truncated": limit})), 0)
+        assert last[2:4] == (not limit, limit)
     env.close()
     assert env.env.closed
-
-
-@pytest.mark.parametrize("limit", [True, False])
-def test_old_gym_tells_a_time_limit_from_a_termination(limit):
-    *_, last = rollout(OldGym(OldEnv({"TimeLimit.truncated": limit})), 0)
-    assert last[2:4] == (not limit, limit)
 
 
 def test_old_spaces_are_converted():

@@ -1,8 +1,7 @@
 """Each script trains for a moment on a real task, and leaves behind all that it promises."""
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,20 +20,10 @@ TASKS = {
 UPDATES = 101
 
 
-class Run(NamedTuple):
-    """What one run of a script did."""
-
-    args: Any
-    directory: Path
-    before: Any  # the state before the first update
-    after: Any  # buffer, state and evaluations at the end
-    metrics: list[dict]  # of each update
-
-
-RUNS: dict[str, Run] = {}
-
-
-def train(script, directory: Path) -> Run:
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory):
+    """Flags, directory, states before the first update and at the end, metrics of each update."""
+    directory = tmp_path_factory.mktemp("smoke") / "run"
     args = small_args(
         script, **TASKS[script.backend], run_dir=str(directory), total_timesteps=300,
         learning_starts=300 - UPDATES, eval_frequency=250,
@@ -43,22 +32,17 @@ def train(script, directory: Path) -> Run:
 
     def watched_learn(state, *rest):
         states.append(state)
-        new_state, metric = learn(state, *rest)
+        state, metric = learn(state, *rest)
         metrics.append(metric)
-        return new_state, metric
+        return state, metric
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "learn", watched_learn)
         running.run(script, args)
-    return Run(args, directory, states[0], saved(script, args, directory), metrics)
-
-
-@pytest.fixture
-def run(script, tmp_path_factory) -> Run:
-    """The one run of this script that all tests here look at."""
-    if script.__name__ not in RUNS:
-        RUNS[script.__name__] = train(script, tmp_path_factory.mktemp("smoke") / "run")
-    return RUNS[script.__name__]
+    after = saved(script, args, directory)
+    return SimpleNamespace(
+        args=args, directory=directory, before=states[0], after=after, metrics=metrics
+    )
 
 
 def test_learns(run):
@@ -86,32 +70,19 @@ def test_logs(run):
     assert all(event.value > 0 for event in events.Scalars("charts/SPS"))
 
 
-def test_evaluates(run):
-    """One row for each episode of the evaluation, whose mean is on the chart."""
+def test_files(run):
+    """All it takes to make the run again; one row for each episode, whose mean is on the chart."""
+    config = json.loads((run.directory / "config.json").read_text())
+    assert config["args"] == config["history"]["0"] == run.args.model_dump()
+    names = {path.name for path in run.directory.iterdir() if ".tfevents." not in path.name}
+    assert names == {"checkpoint", "config.json", "eval.csv", "policy.npz"}
+    assert [int(path.stem) for path in (run.directory / "checkpoint").iterdir()] == [300]
     rows = evaluations(run.directory)
     keys = [(row["global_step"], row["seed"], row["episode"]) for row in rows]
     assert keys == [("250", "0", "0"), ("250", "0", "1")]
     assert all(0 < int(row["length"]) <= 1000 for row in rows)
     ((step, mean),) = scalars(run.directory)["eval/episodic_return"]
     assert step == 250 and mean == pytest.approx(np.mean([float(row["return"]) for row in rows]))
-
-
-def test_files(run):
-    """config.json holds what it takes to make the run again, and nothing else is left about."""
-    config = json.loads((run.directory / "config.json").read_text())
-    assert config["args"] == config["history"]["0"] == run.args.model_dump()
-    names = {path.name for path in run.directory.iterdir() if ".tfevents." not in path.name}
-    assert names == {"checkpoint", "config.json", "eval.csv", "policy.npz"}
-    (checkpoint,) = (run.directory / "checkpoint").iterdir()
-    assert int(checkpoint.stem) == 300
-
-
-def greedy(script, run: Run, obs):
-    """The action [B, A] in [-1, 1] that JAX's policy has without noise."""
-    obs, actor = script.normalize(obs, run.after.buffer, run.args), run.after.state.actor.params
-    action = jax.jit(jax.vmap(lambda x: script.policy(actor, x, run.args)))(obs)
-    action = action if script.algorithm == "td3" else action[0]  # else with a deviation
-    return jax.numpy.tanh(action) if script.algorithm == "sac" else jax.numpy.clip(action, -1, 1)
 
 
 def readme_function():
@@ -123,16 +94,15 @@ def readme_function():
 
 
 def test_policy(script, run):
-    """policy.npz acts as JAX does without noise, in the README also in the environment's units."""
+    """policy.npz is that of the last state; in the README it acts in the environment's units."""
     policy, env = arrays(run.directory / "policy.npz"), script.Interface(run.args)
-    mean, var = np.asarray(run.after.buffer.mean), np.asarray(run.after.buffer.var)
+    buffer, state, _ = run.after
+    np.testing.assert_equal(policy, script.export(state, buffer, env, run.args))
     noise = np.random.default_rng(0).normal(0, 1, (50, env.obs_dim))
-    obs = np.float32(mean + np.sqrt(var) * noise)
-    wanted = np.asarray(greedy(script, run, obs))
-    assert np.ptp(wanted, axis=0).min() > 1e-3
-    ours = [script.greedy_action(policy, x) for x in obs]
-    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+    obs = np.float32(policy["obs_mean"] + policy["obs_std"] * noise)
+    ours = np.array([script.greedy_action(policy, x) for x in obs])
+    assert np.ptp(ours, axis=0).min() > 1e-3
     native = [readme_function()(policy, x) for x in obs]
     low, high = np.float64(env.low), np.float64(env.high)
-    np.testing.assert_allclose(native, low + (wanted + 1) / 2 * (high - low), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(native, low + (ours + 1) / 2 * (high - low), rtol=1e-5, atol=1e-5)
     assert all(env.action_space.contains(x) for x in native)
