@@ -31,8 +31,7 @@ jax.config.update("jax_debug_key_reuse", True)
 # The callback of MPO's slsqp runs JAX, and would wait for the thread that waits for it.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-# What siblings and mutants have in common is compiled once in a session.
-COMPILED = tempfile.TemporaryDirectory(prefix="jax-rl-tests-")
+COMPILED = tempfile.TemporaryDirectory(prefix="jax-rl-tests-")  # shared by siblings and mutants
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,7 +1,4 @@
-"""A script as far as sweep.py can see: its returns follow from the seed and every step before.
-
-`--env-id` says how it behaves: breaks-once, breaks, refuses, or well.
-"""
+"""What sweep.py sees of a script. --env-id says how: breaks-once, breaks, refuses, or well."""
 
 import argparse
 import json

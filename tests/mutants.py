@@ -1,4 +1,4 @@
-"""What catches each defect of mutants.txt: python tests/mutants.py > tests/mutants.md"""
+"""Prints what catches each defect of mutants.txt: python tests/mutants.py > tests/mutants.md"""
 
 import itertools
 import shutil

@@ -58,4 +58,3 @@ def test_a_command(script, tmp_path):
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert child.returncode == 2 and child.stdout == ""
     assert child.stderr.count("\n") == 1 and "file/run" in child.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -19,8 +19,7 @@ RUNS = {  # actions that tanh squashes, and clipped ones
     "sac_dmc": dict(env_id="cartpole-swingup", env_kwargs='{"task_kwargs": {"time_limit": 1}}'),
     "mpo_gym": dict(env_id="Pendulum-v1", action_repeat=2),
 }
-# Flags of pip, uv, sbatch and TensorBoard.
-OTHERS = set("array help logdir no-deps override requeue wrap".split())
+OTHERS = set("array help logdir no-deps override requeue wrap".split())  # of pip, sbatch, ...
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +51,13 @@ def test_plays_a_policy_that_lies_alone(runs, tmp_path):
 
 def test_plays_the_policies_that_come_with_the_repository():
     """As in their last evaluations, within what sums in another order do to an episode."""
-    folder = REPOSITORY / "benchmark" / "results" / "policies"
+    folder = REPOSITORY / "benchmark/results/policies"
     table = csv.DictReader((folder / "eval.csv").read_text().splitlines())
-    rows = [row for row in table if row["episode"] == "0"]
-    assert rows and {x["policy"] for x in rows} == {path.stem for path in folder.glob("*.npz")}
-    for row in rows:
-        path = folder / f"{row['policy']}.npz"
-        returns = play.main(play.Flags(path, episodes=1))
-        assert returns == [pytest.approx(float(row["return"]), rel=0.05)], path
-        assert path.stat().st_size < 400_000
+    returns = {row["policy"]: float(row["return"]) for row in table if row["episode"] == "0"}
+    assert returns and returns.keys() == {path.stem for path in folder.glob("*.npz")}
+    for name, expected in returns.items():
+        assert (path := folder / f"{name}.npz").stat().st_size < 400_000
+        assert play.main(play.Flags(path, episodes=1)) == [pytest.approx(expected, rel=0.05)]
 
 
 def test_films_the_first_episode(runs, tmp_path, monkeypatch):

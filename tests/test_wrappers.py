@@ -14,9 +14,7 @@ sys.path.append(str(REPOSITORY / "common"))
 from gym_wrappers import OldGym, convert_space  # noqa: E402
 
 
-class Box:
-    """A box in the way of gym.spaces.Box."""
-
+class Box:  # as gym.spaces.Box
     def __init__(self, low, high, dtype=np.float32):
         self.low, self.high = np.array(low, dtype), np.array(high, dtype)
         self.shape, self.dtype = self.low.shape, np.dtype(dtype)

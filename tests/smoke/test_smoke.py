@@ -15,9 +15,7 @@ TASKS = {
     "dmc": dict(env_id="cheetah-run", env_kwargs='{"task_kwargs": {"time_limit": 1.5}}'),
     "gym": dict(env_id="Walker2d-v5"),
 }
-# Odd, so that delayed updates do not happen in the very steps that are logged, and enough for MPO
-# to copy its target networks.
-UPDATES = 101
+UPDATES = 101  # odd, so that delayed updates are not in the steps logged; MPO copies its targets
 
 
 @pytest.fixture(scope="module")
