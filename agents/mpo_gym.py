@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.2", "gymnasium>=1.3",
+#   "jax>=0.6", "flax>=0.10.6", "optax>=0.2.4", "numpy>=2.2", "gymnasium>=1.3", "shimmy>=2.0.1",
 #   "mujoco>=3.3.2,<4", "pydantic>=2.10", "tyro>=0.9.20",
 #   "tensorboardX>=2.6.2", "tqdm>=4.66", "scipy>=1.14", "moviepy>=2.1",
 # ]
@@ -131,7 +131,6 @@ class Interface(gym.Wrapper):
     """
 
     def __init__(self, args: Args, film: Path | None = None):
-        gym.logger.min_level = gym.logger.ERROR
         try:
             env = make_env(args, **{"render_mode": "rgb_array"} if film else {})
             if film:
@@ -146,7 +145,7 @@ class Interface(gym.Wrapper):
             self.obs_dim = gym.spaces.flatten_space(env.observation_space).shape[0]
         except Exception as error:  # environments and renderers raise what they like
             if film:
-                warn(f"--capture-video is off, as rendering fails: {error!r}")
+                warn(f"--capture-video is off: {error!r}")
                 return self.__init__(args)
             given = f"--env-id {args.env_id} --env-kwargs {args.env_kwargs} cannot be used"
             wanted = "*_dmc.py take domain-task; *_gym.py Env-v5, package:Env or old_gym/Env."
@@ -625,6 +624,7 @@ def update(state: State, batch: Batch, key, args: Args) -> tuple[State, dict]:
 @partial(jax.jit, static_argnames="args")
 def learn(state: State, buffer: Buffer, key, args: Args) -> tuple[State, dict]:
     """`updates_per_step` updates, each on its own minibatch; `key` is the run's."""
+    warn("Compiling the update.")  # Python runs while JAX traces, and never again
 
     def learn_once(state, _):
         sample_key, update_key = jax.random.split(jax.random.fold_in(key, state.critic.step))
@@ -671,7 +671,6 @@ def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
 
 def log_losses(writer: SummaryWriter, step: int, recent: list[dict]):
     """Logs the mean of each metric over recent updates, without those that skipped it (nan)."""
-    recent = jax.device_get(recent)
     for name in recent[-1]:
         writer.add_scalar(f"losses/{name}", np.nanmean([x[name] for x in recent]), step)
     if np.isnan(recent[-1]["qf_loss"]):
@@ -787,7 +786,7 @@ def main(args: Args):
                 obs = env.reset(args.seed, 0, int(buffer.episode))
             bar.update(args.action_repeat)
             if due(step, args.log_frequency, args) and recent:
-                log_losses(writer, step, recent)
+                log_losses(writer, step, jax.device_get(recent))
                 seconds = bar.format_dict["elapsed"]
                 writer.add_scalar("charts/SPS", (bar.n - bar.initial) / seconds, step)
             if due(step, args.eval_frequency, args):
