@@ -46,6 +46,11 @@ def named(path: Path) -> dict:
     return dict(zip(("exp_name", "env_id", "seed"), match.groups())) if match else {}
 
 
+def camera(module) -> dict:
+    """Options of make_env for a camera that follows what moves; Gymnasium's own do so."""
+    return {"render_kwargs": {"camera_id": 0}} if module.__name__.endswith("_dmc") else {}
+
+
 def prepare(flags: Flags):
     """The policy, the module of its script, and the flags of its run."""
     path = flags.policy / "policy.npz" if flags.policy.is_dir() else flags.policy
@@ -75,7 +80,8 @@ def main(flags: Flags) -> list[float]:
     if flags.render:
         os.environ.setdefault("MUJOCO_GL", "egl" if film else "glfw")
         make_env, mode = module.make_env, "rgb_array" if film else "human"
-        module.make_env = lambda args: make_env(args, render_mode=mode)
+        options = {"render_mode": mode} | camera(module)
+        module.make_env = lambda args: make_env(args, **options)
     env, returns, frames = module.Interface(args), [], []
     if [*policy["obs_mean"].shape, policy["low"].size] != [env.obs_dim, env.low.size]:
         fail(f"{flags.policy} is not for {args.env_id}: observations or actions have other sizes.")

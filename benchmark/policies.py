@@ -79,7 +79,7 @@ def animate(
 def film(path: Path, seconds: float, fps: int, width: int) -> list[Image.Image]:
     """Square frames of the policy in a file called {script}__{env_id}__{seed}.npz."""
     policy, script, args = play.prepare(play.Flags(path))
-    kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
+    kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"} | play.camera(script)
     env = script.Interface(args.model_copy(update={"env_kwargs": json.dumps(kwargs)}))
     obs, step, episode, frames = env.reset(args.seed, 1, 0), 0, 0, []
     for frame in range(round(seconds * fps)):
