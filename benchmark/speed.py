@@ -494,7 +494,8 @@ def surroundings() -> dict:
 def run(args: Args, out: Path) -> dict:
     """Measures; returns and after each algorithm writes the raw numbers, and how they were made."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share one GPU
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "show")}
+    flags["against"] = args.against and args.against.name
     record = {"measure": args.measure, "args": flags, **surroundings()}
     record |= {"busy_cores_meanwhile": {}, "results": {}}
     for agent in args.agents:
@@ -517,7 +518,8 @@ def main(args: Args):
     busy = max(record["busy_cores_at_start"], *record["busy_cores_meanwhile"].values())
     if busy > 0.2:
         sys.exit(f"Not a result: others kept {busy:.1f} cores busy. Measure on an idle machine.")
-    print("; ".join(clauses))
+    if record["measure"] != "breakdown":
+        print("; ".join(clauses))
 
 
 if __name__ == "__main__":
