@@ -94,8 +94,9 @@ def load(path: Path):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.algorithm, module.backend = parts(path)
-    return sys.modules[path.stem]
+    module = sys.modules[path.stem]  # which play.py may have imported
+    module.algorithm, module.backend = parts(path)
+    return module
 
 
 @pytest.fixture(scope="module")
