@@ -101,7 +101,6 @@ def load(path: Path):
 
 @pytest.fixture(scope="module")
 def script(request):
-    """One script of the folder `--agents`, as a module."""
     return load(request.param)
 
 
