@@ -21,11 +21,9 @@ beyond [-1, 1] penalised (--no-action-penalty); twin critics with LayerNorm (--n
 observations normalised by running moments (--no-normalize-obs).
 """
 
-import contextlib
 import ctypes.util
 import importlib
 import json
-import logging
 import os
 import shlex
 import signal
@@ -33,6 +31,7 @@ import sys
 import time
 import uuid
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -56,7 +55,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """MPO on the DeepMind Control Suite."""
+    """Maximum a Posteriori Policy Optimisation (MPO) for continuous control."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -120,16 +119,13 @@ def fail(message: str, code: int = 2):
 def make_env(args: Args, **options) -> gym.Env:
     """A task of the suite; lqr draws its plant when it is made, here one for all of a run."""
     renderer = "egl" if args.capture_video and ctypes.util.find_library("EGL") else "disable"
-    os.environ.setdefault("MUJOCO_GL", renderer)
-    with contextlib.redirect_stdout(None):  # it tells of environments without labmaze
-        import shimmy  # noqa: F401 (not at the top: dm_control chooses its renderer on import)
-
+    os.environ.setdefault("MUJOCO_GL", renderer)  # dm_control reads it when it is imported
+    task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
+    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}  # ends lqr's
+    options |= json.loads(args.env_kwargs)
+    with redirect_stdout(None), redirect_stderr(None):  # of labmaze, and of what will be deprecated
+        env = gym.make(f"shimmy:dm_control/{task}-v0", disable_env_checker=True, **options)
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of dm_control, with NumPy 2.5
-    logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo's remarks on the suite's models
-    env_id = f"dm_control/{args.env_id.removeprefix('dm_control/').removesuffix('-v0')}-v0"
-    # Those of lqr are the only episodes without an end of their own.
-    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}
-    env = gym.make(env_id, disable_env_checker=True, **options | json.loads(args.env_kwargs))
     env.metadata["render_fps"] = round(1 / env.unwrapped.dt)
     if os.environ["MUJOCO_GL"] == "disable":
         type(env.unwrapped._env.physics).contexts = None  # quadruped-escape would draw its terrain
@@ -709,8 +705,7 @@ def load(run_dir: Path, *run):
     like, tree = jax.tree.flatten(run)
     for path in sorted((run_dir / "checkpoint").glob("*.npz"), reverse=True):
         try:
-            with np.load(path) as file:  # no pickles; the format holds checksums
-                leaves = [file[name] for name in file.files]
+            leaves = [*np.load(path).values()]  # no pickles; the format holds checksums
         except Exception as error:  # a damaged file can fail in any way
             warn(f"{path} is damaged and passed over: {error}")
             path.rename(path.with_suffix(".damaged"))

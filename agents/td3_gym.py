@@ -47,7 +47,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """TD3 on Gymnasium environments."""
+    """TD3 for continuous control."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -479,8 +479,7 @@ def load(run_dir: Path, *run):
     like, tree = jax.tree.flatten(run)
     for path in sorted((run_dir / "checkpoint").glob("*.npz"), reverse=True):
         try:
-            with np.load(path) as file:  # no pickles; the format holds checksums
-                leaves = [file[name] for name in file.files]
+            leaves = [*np.load(path).values()]  # no pickles; the format holds checksums
         except Exception as error:  # a damaged file can fail in any way
             warn(f"{path} is damaged and passed over: {error}")
             path.rename(path.with_suffix(".damaged"))

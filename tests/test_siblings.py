@@ -23,19 +23,19 @@ ROLES = {
     "main",
 }  # fmt: skip
 BACKEND = {"make_env"}
-DMC_IMPORTS = ("contextlib", "ctypes.util", "logging", "warnings")
+DMC_IMPORTS = ("import ctypes.util", "import warnings", "from contextlib")
 ALGORITHM = ["networks", "state", "replay buffer", "acting", "learning"]
 SECTIONS = ["environment", *ALGORITHM, "running"]
 RULED_LINE = re.compile(r"# --- ([a-z ]+) -+")
 
 # Code lines and lines of each script: lower them with the script, never raise them.
 CEILINGS = {
-    "sac_dmc": (429, 628),
-    "sac_gym": (420, 614),
-    "td3_dmc": (415, 608),
-    "td3_gym": (406, 594),
-    "mpo_dmc": (561, 826),
-    "mpo_gym": (552, 814),
+    "sac_dmc": (426, 621),
+    "sac_gym": (419, 613),
+    "td3_dmc": (412, 602),
+    "td3_gym": (405, 593),
+    "mpo_dmc": (558, 821),
+    "mpo_gym": (551, 813),
 }
 
 # Flags whose defaults are not the same in all scripts that have them.
@@ -166,16 +166,16 @@ def test_same_name_same_text(pairs):
 
 
 def test_backends_differ_little(pairs):
-    """In defaults, in what an environment is called, and in at most 37 lines of the longer one."""
+    """In defaults, in what an environment is called, and in at most 30 lines of the longer one."""
     for a, b in [(a, b) for a, b in pairs if parts(a)[0] == parts(b)[0]]:
         assert list(blocks(a)) == list(blocks(b)), (a.name, b.name)
-        assert imports(a) ^ imports(b) <= {f"import {name}" for name in DMC_IMPORTS}, a.name
+        assert imports(a) ^ imports(b) <= set(DMC_IMPORTS), a.name
         ours, theirs = (fields(blocks(path)["Args"]) for path in (a, b))
         assert list(ours) == list(theirs), (a.name, b.name)
         assert {name for name in ours if ours[name][2] != theirs[name][2]} <= {"env_id"}, a.name
         lines = list(difflib.ndiff(*(path.read_text().splitlines() for path in (a, b))))
         changed = [sum(line.startswith(sign) for line in lines) for sign in ("- ", "+ ")]
-        assert max(changed) <= 37, (a.name, b.name, changed)
+        assert max(changed) <= 30, (a.name, b.name, changed)
 
 
 def test_sections_and_dependencies(script):
