@@ -214,6 +214,7 @@ def execute(run: Run, env: dict, core: int | None, core_file, log) -> int:
 
 def run_script(run: Run, variables: dict, gpus: float) -> str | None:
     """Starts a run or goes on with it; returns what its script found wrong with its flags."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels by it; after & it is off
     env = os.environ | ({} if gpus else {"JAX_PLATFORMS": "cpu"})
     if 0 < gpus < 1:  # JAX would take three quarters of the memory for each run
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * gpus:.3f}"
