@@ -4,7 +4,7 @@
     python benchmark/speed.py --measure updates --against ../before/agents   # two states of ours
     python benchmark/speed.py --measure steps      # environment steps per second of whole runs
     python benchmark/speed.py --measure breakdown  # where the time of an environment step goes
-    python benchmark/speed.py --measure commands --against ../old/agents   # whatever is inside them
+    python benchmark/speed.py --measure parts      # where the time of an update goes
 
 Every side is a process of its own, so that PyTorch's threads and JAX's do not meet. The processes
 stay alive and measure one after the other, round by round, so that what disturbs the machine
@@ -44,7 +44,7 @@ RIVALS = {  # --rivals -> the module that it needs, and its name in the tables
     "compile": ("torch", "PyTorch, torch.compile"),
 }
 UNITS = {"updates": "ms/update", "steps": "environment steps/s", "breakdown": "ms of a step"}
-UNITS["commands"] = "environment steps/s"
+UNITS["parts"] = "ms of an update"
 BARE, PRODUCTS = "bare product, GFLOP/s", "MFLOP in the products of an update"
 # Every side gets these sizes, on HalfCheetah-v5.
 SIZES = {"buffer_size": 1_000_000, "batch_size": 256}
@@ -63,8 +63,7 @@ class Args:
     rivals: tuple[Literal[tuple(RIVALS)], ...] = tuple(RIVALS)  # whom to measure beside us
     against: Path | None = None  # another folder of scripts, to measure beside agents/
     repeats: int = 7  # rounds, in each of which every side measures once
-    updates: int = 500  # timed updates of a round, for --measure updates
-    commands: int = 3_000  # timed environment steps of a round, for --measure commands
+    updates: int = 500  # timed updates of a round, for --measure updates and parts
     steps: int = 5_000  # timed environment steps of a round, for --measure steps and breakdown
     out: Path | None = None  # file of raw numbers; default benchmark/results/speed-{measure}.json
     show: bool = False  # measure nothing; tables and sentence from the file of raw numbers
@@ -215,28 +214,43 @@ def our_steps(script: Path, steps: int):
         yield steps / (end - start)
 
 
-def our_commands(script: Path, steps: int):
-    """Steps per second of the script as a command, of a longer run less a shorter one."""
+def parts(script: Path, updates: int):
+    """Milliseconds for each part of an update compiled alone, and for the whole, which fuses them.
 
-    def seconds(folder: str, total: int) -> float:
-        flags = {
-            "env-id": "HalfCheetah-v5",
-            "learning-starts": LEARNING_STARTS,
-            "eval-frequency": 0,
-        }
-        flags |= {
-            "total-timesteps": total,
-            "checkpoint-frequency": 0,
-            "run-dir": f"{folder}/{total}",
-        }
-        command = [sys.executable, script, *(x for k, v in flags.items() for x in (f"--{k}", v))]
-        start = time.perf_counter()
-        subprocess.run([str(x) for x in command], check=True, capture_output=True)
-        return time.perf_counter() - start
+    The script's `update` runs step by step; what it hands to `gradient_step` is then compiled, the
+    gradient and the optimiser's step, and so is `sample`. The rest is targets, slow networks, and
+    for MPO the E-step.
+    """
+    import jax
 
+    module, args, state, buffer = ready_to_learn(script)
+    sample = jax.jit(module.sample, static_argnames="args")
+    key, period = jax.random.key(1), getattr(args, "policy_frequency", 1)
+    calls = {"minibatch": partial(sample, buffer, key, args)}
+    original, batch = module.gradient_step, calls["minibatch"]()
+
+    def recorded(train_state, loss, *inputs):
+        arrays, rest = [x for x in inputs if x is not args], [args] if args in inputs else []
+        grads = jax.jit(lambda p, x: jax.grad(loss, has_aux=True)(p, *x, *rest)[0])
+        step = jax.jit(lambda x, grads: x.apply_gradients(grads=grads))
+        calls[f"gradient of {loss.__name__}"] = partial(grads, train_state.params, arrays)
+        calls[f"step on {loss.__name__}"] = partial(step, train_state, train_state.params)
+        return original(train_state, loss, *inputs)
+
+    module.gradient_step = recorded
+    with jax.disable_jit():
+        for _ in range(period):
+            state, _ = module.update(state, batch, key, args)
+    wait = partial(jax.block_until_ready, None)
+    timers = {
+        part: milliseconds(lambda call=call: jax.block_until_ready(call()), wait, updates)
+        for part, call in calls.items()
+    }
+    whole = our_updates(script, updates)
     while True:
-        with tempfile.TemporaryDirectory() as folder:
-            yield steps / (seconds(folder, FIRST + steps) - seconds(folder, FIRST))
+        times = {part: next(x) / (period if "actor" in part else 1) for part, x in timers.items()}
+        total = next(whole)
+        yield times | {"the rest": total - sum(times.values()), "whole update": total}
 
 
 def breakdown(script: Path, steps: int):
@@ -417,8 +431,9 @@ def alternate(sides: dict[str, tuple], repeats: int) -> tuple[dict, float]:
 def sides_of(args: Args, agent: str) -> dict[str, tuple]:
     """Whom to measure: the name in the table -> a generator function and its arguments."""
     script = ROOT / "agents" / f"{agent}_gym.py"
-    if args.measure == "breakdown":
-        return {"breakdown": ("breakdown", script, args.steps)}
+    if args.measure in ("breakdown", "parts"):
+        count = args.steps if args.measure == "breakdown" else args.updates
+        return {args.measure: (args.measure, script, count)}
     ours, count = f"our_{args.measure}", getattr(args, args.measure)
     sides = {"ours": (ours, script, count)}
     if args.against:
@@ -428,7 +443,7 @@ def sides_of(args: Args, agent: str) -> dict[str, tuple]:
             dmc = script.with_name(f"{agent}_dmc.py")
             sides["ours, dmc defaults"] = (ours, dmc, count)
         sides[BARE] = ("bare_product", script, count)
-    for name in args.rivals if args.measure != "commands" else ():
+    for name in args.rivals:
         module, side = RIVALS[name]
         if module == "torch" and args.measure == "steps" or module != "torch" and agent == "mpo":
             continue  # torch_updates.py has no whole runs, and they have no MPO
@@ -447,14 +462,14 @@ def summarize(measure: str, agent: str, values: dict[str, list]) -> str:
     bare = statistics.median(values.pop(BARE, [math.nan]))
     flops = values.pop(PRODUCTS, [math.nan])[0]
     header = f"{f'{agent.upper()}, {UNITS[measure]}':42}  median    mean ± std"
-    if measure != "breakdown":
+    if measure in ("updates", "steps"):
         header += "      ours is x times as fast (all rounds)"
     print(header + ("   GFLOP/s, % of bare" if measure == "updates" else ""))
     clause = []
     for side, numbers in values.items():
         median, std = statistics.median(numbers), np.std(numbers, ddof=len(numbers) > 1)
         line = f"{side:42}{median:8.2f}{np.mean(numbers):8.2f} ± {std:<8.2f}"
-        if measure != "breakdown":
+        if measure in ("updates", "steps"):
             sign = -1 if measure == "updates" else 1  # milliseconds, or steps per second
             gains = (np.array(values["ours"]) / numbers) ** sign
             gain = (statistics.median(values["ours"]) / median) ** sign
@@ -518,7 +533,7 @@ def main(args: Args):
     busy = max(record["busy_cores_at_start"], *record["busy_cores_meanwhile"].values())
     if busy > 0.2:
         sys.exit(f"Not a result: others kept {busy:.1f} cores busy. Measure on an idle machine.")
-    if record["measure"] != "breakdown":
+    if record["measure"] in ("updates", "steps"):
         print("; ".join(clauses))
 
 
