@@ -64,6 +64,7 @@ def animate(
     for path in sorted(policies.glob("*.npz")):
         tasks.setdefault(path.stem.split("__")[1], path)
     films = [film(path, seconds, fps, width) for path in tasks.values()]
+    columns = min(columns, len(films))
     rows = -(-len(films) // columns)
     sheets = []
     for frames in zip(*films):
