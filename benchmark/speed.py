@@ -226,7 +226,8 @@ def parts(script: Path, updates: int):
     module, args, state, buffer = ready_to_learn(script)
     sample = jax.jit(module.sample, static_argnames="args")
     key, period = jax.random.key(1), getattr(args, "policy_frequency", 1)
-    calls = {"minibatch": partial(sample, buffer, key, args)}
+    calls = {"handing the state to a function and back": partial(jax.jit(lambda x: x), state)}
+    calls["minibatch"] = partial(sample, buffer, key, args)
     original, batch = module.gradient_step, calls["minibatch"]()
 
     def recorded(train_state, loss, *inputs):
