@@ -31,7 +31,7 @@ import sys
 import time
 import uuid
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -120,12 +120,12 @@ def make_env(args: Args, **options) -> gym.Env:
     """A task of the suite; lqr draws its plant when it is made, here one for all of a run."""
     renderer = "egl" if args.capture_video and ctypes.util.find_library("EGL") else "disable"
     os.environ.setdefault("MUJOCO_GL", renderer)  # dm_control reads it when it is imported
-    task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
-    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}  # ends lqr's
-    options |= json.loads(args.env_kwargs)
-    with redirect_stdout(None), redirect_stderr(None):  # of labmaze, and of what will be deprecated
-        env = gym.make(f"shimmy:dm_control/{task}-v0", disable_env_checker=True, **options)
+    with redirect_stdout(None):  # it tells of environments without labmaze
+        importlib.import_module("shimmy")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of dm_control, with NumPy 2.5
+    env_id = f"dm_control/{args.env_id.removeprefix('dm_control/').removesuffix('-v0')}-v0"
+    options |= {"task_kwargs": {"random": args.seed}, "max_episode_steps": 10_000}  # ends lqr's
+    env = gym.make(env_id, disable_env_checker=True, **options | json.loads(args.env_kwargs))
     env.metadata["render_fps"] = round(1 / env.unwrapped.dt)
     if os.environ["MUJOCO_GL"] == "disable":
         type(env.unwrapped._env.physics).contexts = None  # quadruped-escape would draw its terrain
