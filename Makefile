@@ -2,7 +2,7 @@
 
 # The first Python that runs (a shim may not), is new enough and can make environments.
 FITS := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c "$(FITS)" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 # Unlike pip, uv can leave out a dependency of a dependency.
@@ -35,6 +35,6 @@ clean:
 	$(INSTALL) --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/train tests/requirements.txt
+.venv/test: .venv/train tests/requirements.txt benchmark/requirements.txt
 	$(INSTALL) --requirement tests/requirements.txt
 	touch $@
