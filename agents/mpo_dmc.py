@@ -29,7 +29,6 @@ import shlex
 import signal
 import sys
 import time
-import uuid
 import warnings
 from contextlib import redirect_stdout
 from functools import partial
@@ -42,10 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pydantic
 import tyro
 from flax.training.train_state import TrainState
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy import optimize
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -54,7 +52,7 @@ Params = Any  # a tree of Flax parameters
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-class Args(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Maximum a Posteriori Policy Optimisation (MPO) for continuous control."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
@@ -323,12 +321,12 @@ def insert(buffer: Buffer, new: Batch, args: Args) -> Buffer:
         discount=data.discount.at[index].set(args.gamma**k * new.discount),
         next_obs=data.next_obs.at[index].set(new.next_obs[None]),
     )
-    count = count + 1
+    count += 1
     delta = new.obs - mean + lost
     change = delta / count - lost
     lost = (mean + change) - mean - change
     # Welford's update, as a running mean; it forgets the initial variance at the first row.
-    var = var + (jnp.square(delta) * (1 - 1 / count) - var) / count
+    var += (jnp.square(delta) * (1 - 1 / count) - var) / count
     return Buffer(data, count, began, episode, mean + change, lost, var)
 
 
@@ -639,7 +637,7 @@ def learn(state: State, buffer: Buffer, key, args: Args) -> tuple[State, dict]:
         return update(state, sample(buffer, sample_key, args), update_key, args)
 
     state, metrics = jax.lax.scan(learn_once, state, length=args.updates_per_step)
-    return state, jax.tree.map(lambda x: jnp.nanmean(x, axis=0), metrics)
+    return state, jax.tree.map(partial(jnp.nanmean, axis=0), metrics)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -662,16 +660,16 @@ def parse_args() -> Args:
 
 def begin_log(run_dir: Path, step: int, args: Args) -> SummaryWriter:
     """Writes config.json: the flags, and those of every step at which the run began or went on."""
-    path, new = run_dir / "config.json", {"id": uuid.uuid4().hex, "history": {}}
+    path, new = run_dir / "config.json", {"id": os.urandom(8).hex(), "history": {}}
     config = json.loads(path.read_text()) if path.exists() else new
     config["args"] = config["history"][str(step)] = flags = args.model_dump()
     path.with_suffix(".part").write_text(json.dumps(config, indent=2))
     path.with_suffix(".part").replace(path)
     if args.track:
-        options = {"sync_tensorboard": True, "monitor_gym": True, "save_code": True}
-        options |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        options |= {"id": config["id"], "resume": "allow", "name": run_dir.name}
-        importlib.import_module("wandb").init(config=flags, **options)
+        options = dict(sync_tensorboard=True, monitor_gym=True, save_code=True, resume="allow")
+        options |= dict(project=args.wandb_project_name, entity=args.wandb_entity)
+        options |= dict(id=config["id"], name=run_dir.name, config=flags)
+        importlib.import_module("wandb").init(**options)
     writer = SummaryWriter(str(run_dir), purge_step=step + 1, max_queue=0)
     writer.add_text("flags", json.dumps(flags, indent=2), step)
     return writer

@@ -30,12 +30,12 @@ RULED_LINE = re.compile(r"# --- ([a-z ]+) -+")
 
 # Code lines and lines of each script: lower them with the script, never raise them.
 CEILINGS = {
-    "sac_dmc": (426, 621),
-    "sac_gym": (419, 613),
-    "td3_dmc": (412, 602),
-    "td3_gym": (405, 593),
-    "mpo_dmc": (558, 821),
-    "mpo_gym": (551, 813),
+    "sac_dmc": (424, 619),
+    "sac_gym": (417, 611),
+    "td3_dmc": (410, 600),
+    "td3_gym": (403, 591),
+    "mpo_dmc": (556, 819),
+    "mpo_gym": (549, 811),
 }
 
 # Flags whose defaults are not the same in all scripts that have them.
