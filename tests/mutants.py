@@ -1,5 +1,6 @@
 """Prints what catches each defect of mutants.txt: python tests/mutants.py > tests/mutants.md"""
 
+import argparse
 import itertools
 import shutil
 import subprocess
@@ -96,8 +97,8 @@ def survivors(mutants: list[Mutant], agents: Path = AGENTS) -> dict[str, str]:
 
 def main():
     """Prints the table; ends with an error if a mutant survives."""
-    mutants = read()
-    alive = survivors(mutants)
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help runs nothing
+    alive = survivors(mutants := read())
     print("# What catches each defect\n\nMade by `python tests/mutants.py > tests/mutants.md`.\n")
     print("| defect | script | what goes wrong | caught by |\n|---|---|---|---|")
     for mutant in mutants:
