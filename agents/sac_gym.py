@@ -77,6 +77,7 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     policy_lr: PositiveFloat = 3e-4  # Adam's step size for the actor and for alpha
     q_lr: PositiveFloat = 1e-3  # Adam's step size for the critics
     alpha: PositiveFloat = 1.0  # entropy coefficient: its start, or with --no-autotune its value
+    clipped_double_q: bool = True  # learn from the smaller critic, else from the mean of both
     autotune: bool = True  # adapt alpha so that the policy keeps the target entropy
     target_entropy_scale: NonNegativeFloat = 1.0  # minus the target entropy per action dimension
     log_std_min: float = -5.0  # lower bound of the policy's log standard deviation
@@ -210,9 +211,9 @@ def sample_action(actor: Params, obs, key, args: Args):
     mean, log_std = policy(actor, obs, args)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
-    log_normal = -jnp.square(noise) / 2 - log_std - jnp.log(2 * jnp.pi) / 2
-    log_slope = 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))
-    return jnp.tanh(u), (log_normal - log_slope).sum(axis=-1)
+    log_normal = -(noise**2) / 2 - log_std - jnp.log(2 * jnp.pi) / 2
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))
+    return jnp.tanh(u), (log_normal - log_slope).sum(-1)
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def init(key, obs_dim: int, action_dim: int, args: Args) -> State:
         actor=trained(actor, args.policy_lr),
         critic=trained(critic, args.q_lr),
         target_critic=critic,
-        alpha=trained(log_alpha, args.policy_lr),
+        alpha=trained(log_alpha, args.policy_lr * args.autotune),
     )
 
 
@@ -371,8 +372,9 @@ def greedy_action(policy: dict[str, np.ndarray], obs: np.ndarray) -> np.ndarray:
 def td_target(state: State, batch: Batch, key, args: Args):
     """Soft Bellman target, [B] (J_Q of Alg. 1)."""
     next_action, log_prob = sample_action(state.actor.params, batch.next_obs, key, args)
-    next_q = q_values(state.target_critic, batch.next_obs, next_action, args).min(axis=0)
-    next_v = next_q - jnp.exp(state.alpha.params["log_alpha"]) * log_prob
+    q = q_values(state.target_critic, batch.next_obs, next_action, args)
+    q = (q.min if args.clipped_double_q else q.mean)(axis=0)
+    next_v = q - jnp.exp(state.alpha.params["log_alpha"]) * log_prob
     return batch.reward + args.gamma * batch.discount * next_v
 
 
@@ -386,7 +388,8 @@ def critic_loss(critic: Params, batch: Batch, target, args: Args):
 def actor_loss(actor: Params, state: State, batch: Batch, key, args: Args):
     """Expected alpha log pi - Q under reparameterised actions (J_pi of Alg. 1)."""
     action, log_prob = sample_action(actor, batch.obs, key, args)
-    q = q_values(state.critic.params, batch.obs, action, args).min(axis=0)
+    q = q_values(state.critic.params, batch.obs, action, args)
+    q = (q.min if args.clipped_double_q else q.mean)(axis=0)
     loss = (jnp.exp(state.alpha.params["log_alpha"]) * log_prob - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
@@ -410,15 +413,13 @@ def update(state: State, batch: Batch, key, args: Args) -> tuple[State, dict]:
     critic, metrics = gradient_step(state.critic, critic_loss, batch, target, args)
     state = state._replace(critic=critic)
     actor, more = gradient_step(state.actor, actor_loss, state, batch, actor_key, args)
-    metrics |= more
-    if args.autotune:
-        errors = metrics["entropy"], -args.target_entropy_scale * batch.action.shape[-1]
-        alpha, more = gradient_step(state.alpha, alpha_loss, *errors)
-        state, metrics = state._replace(alpha=alpha), metrics | more
+    errors = more["entropy"], -args.target_entropy_scale * batch.action.shape[-1]
+    alpha, alpha_metrics = gradient_step(state.alpha, alpha_loss, *errors)
+    metrics |= more | alpha_metrics
     target_critic = optax.incremental_update(
         new_tensors=critic.params, old_tensors=state.target_critic, step_size=args.tau
     )
-    return state._replace(actor=actor, target_critic=target_critic), metrics
+    return state._replace(actor=actor, target_critic=target_critic, alpha=alpha), metrics
 
 
 @partial(jax.jit, static_argnames="args")

@@ -68,20 +68,22 @@ def test_the_density_is_the_change_of_variables_and_integrates_to_one(script, me
     assert np.isfinite(gradient).all()
 
 
-def test_a_soft_value_holds_alpha_times_the_entropy(script):
-    args = plain_args(script, gamma=0.9, alpha=0.4)
+@pytest.mark.parametrize("clipped_double_q, value", [(True, 1), (False, 2)])
+def test_a_soft_value_holds_alpha_times_the_entropy(script, clipped_double_q, value):
+    args = plain_args(script, gamma=0.9, alpha=0.4, clipped_double_q=clipped_double_q)
     actor = gaussian_actor(script, np.zeros(ACT), 0.5, args)
     state, batch = init(script, args), same_observations(script, DRAWS)
-    nothing = jax.tree.map(np.zeros_like, state.target_critic)
-    state = replaced(state, actor=actor, target_critic=nothing)
+    critics = jax.tree.map(np.zeros_like, state.target_critic)
+    critics["params"]["Dense_2"]["bias"][:] = [[1], [3]]
+    state = replaced(state, actor=actor, target_critic=critics)
     target = compiled(script.td_target)(state, batch, jax.random.key(0), args=args)
-    expected = 1 + 0.9 * 0.4 * ACT * entropy_of_squashed(0.5)
-    error = np.std(target) / np.sqrt(DRAWS)
-    np.testing.assert_allclose(np.mean(target), expected, atol=4 * error)
+    expected = 1 + 0.9 * (value + 0.4 * ACT * entropy_of_squashed(0.5))
+    np.testing.assert_allclose(np.mean(target), expected, atol=4 * stats.sem(target))
 
 
-def test_the_actor_descends_alpha_log_prob_minus_the_smaller_value(script):
-    args = small_args(script, hidden_width=3, alpha=0.5)
+@pytest.mark.parametrize("value, clipped", [(np.min, True), (np.mean, False)])
+def test_the_actor_descends_alpha_log_prob_minus_the_value(script, value, clipped):
+    args = small_args(script, hidden_width=3, alpha=0.5, clipped_double_q=clipped)
     state, batch = perturbed_state(script, args), random_batch(script)
     critic, noise = float64(state.critic.params), noise_of(script, ACT, BATCH)
     low, high = args.log_std_min, args.log_std_max
@@ -92,7 +94,7 @@ def test_the_actor_descends_alpha_log_prob_minus_the_smaller_value(script):
         action = np.tanh(mean + std * noise)
         density = stats.norm.pdf(noise) / std / (1 - action**2)
         q = oracles.q_values(critic, float64(batch.obs), action, args)
-        return (0.5 * np.log(density).sum(axis=1) - q.min(axis=0)).mean()
+        return (0.5 * np.log(density).sum(axis=1) - value(q, axis=0)).mean()
 
     descend = compiled(jax.grad(script.actor_loss, has_aux=True))
     gradient, _ = descend(state.actor.params, state, batch, jax.random.key(0), args=args)
@@ -104,8 +106,7 @@ def test_updates_raise_alpha_when_entropy_is_short_and_lower_it_else(script, ent
     """Entropy for each of the three action dimensions, of which -0.5 is asked for."""
     args = plain_args(script, target_entropy_scale=0.5)
     std = optimize.brentq(lambda std: entropy_of_squashed(std) - entropy, 0.05, 0.8)
-    actor = gaussian_actor(script, np.zeros(ACT), std, args)
-    state = replaced(init(script, args), actor=actor)
+    state = replaced(init(script, args), actor=gaussian_actor(script, np.zeros(ACT), std, args))
     new, metrics = update(script, state, random_batch(script, size=512), args)
     change = float(new.alpha.params["log_alpha"] - state.alpha.params["log_alpha"])
     np.testing.assert_allclose(change, direction * 3e-4, rtol=1e-3)
@@ -115,6 +116,5 @@ def test_updates_raise_alpha_when_entropy_is_short_and_lower_it_else(script, ent
 def test_alpha_starts_at_its_flag_and_stays_there_without_autotune(script):
     args = small_args(script, alpha=0.3, autotune=False)
     old = init(script, args)
-    new, _ = update(script, old, random_batch(script), args)
-    for state in (old, new):
+    for state in (old, update(script, old, random_batch(script), args)[0]):
         np.testing.assert_allclose(np.exp(state.alpha.params["log_alpha"]), 0.3, rtol=1e-6)
