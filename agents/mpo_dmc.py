@@ -15,10 +15,8 @@ decoupled M-step of "Relative Entropy Regularized Policy Iteration", arXiv:1812.
 
     python mpo_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
-Departs: the temperature is solved for exactly (--temperature-solver gradient), the M-step is
-bounded per action dimension (--no-per-dim-constraining), actions are clipped and sampled ones
-beyond [-1, 1] penalised (--no-action-penalty); twin critics with LayerNorm (--no-layer-norm),
-observations normalised by running moments (--no-normalize-obs).
+Where a default may depart from the paper, its flag has the paper's in brackets. Twin critics and
+actions clipped to [-1, 1] are departures without a flag.
 """
 
 import ctypes.util
@@ -53,7 +51,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Maximum a Posteriori Policy Optimisation (MPO) for continuous control."""
+    """Flags of the run, from --env-id its environment's, from --buffer-size MPO's."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -62,18 +60,18 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     wandb_project_name: str = "jax-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
-
-    env_id: str = "cartpole-swingup"  # task of the suite, domain-task
-    env_kwargs: str = "{}"  # arguments for the environment, as JSON
-    action_repeat: PositiveInt = 1  # environment steps for which an action is held
     total_timesteps: PositiveInt = 1_000_000  # environment steps
     eval_frequency: NonNegativeInt = 5_000  # environment steps between evaluations, 0 for none
     eval_episodes: PositiveInt = 10  # episodes of the greedy policy in an evaluation
     log_frequency: PositiveInt = 1_000  # environment steps between logged losses
     checkpoint_frequency: NonNegativeInt = 25_000  # steps between checkpoints, 0 for none
 
+    env_id: str = "cartpole-swingup"  # task of the suite, domain-task
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    action_repeat: PositiveInt = 1  # environment steps for which an action is held
+
     buffer_size: PositiveInt = 1_000_000  # transitions kept for replay
-    learning_starts: PositiveInt = 5_000  # environment steps of random actions before learning
+    learning_starts: PositiveInt = 5_000  # random environment steps at first
     updates_per_step: PositiveInt = 1  # gradient updates for each action
     batch_size: PositiveInt = 256  # transitions in the minibatch of an update
     gamma: Fraction = 0.99  # discount factor
@@ -81,8 +79,8 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     target_network_frequency: PositiveInt = 100  # updates between copies of actor and critics
     action_samples: PositiveInt = 20  # actions sampled in each state, N
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = True  # LayerNorm before each activation of the critics
-    normalize_obs: bool = True  # normalise observations by their running mean and variance
+    layer_norm: bool = True  # LayerNorm before each activation of the critics (paper: off)
+    normalize_obs: bool = True  # normalise observations by their running moments (paper: off)
 
     policy_lr: PositiveFloat = 3e-4  # Adam's step size for the actor
     q_lr: PositiveFloat = 3e-4  # Adam's step size for the critics
@@ -95,8 +93,8 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     epsilon_penalty: PositiveFloat = 1e-3  # the same bound for the weights that penalise actions
     epsilon_mean: PositiveFloat = 2.5e-3  # bound on the KL that moving the policy's mean causes
     epsilon_stddev: PositiveFloat = 1e-6  # bound on the KL of changing its standard deviation
-    per_dim_constraining: bool = True  # bound these for every action dimension, not their sum
-    action_penalty: bool = True  # weigh sampled actions by their distance from [-1, 1], too
+    per_dim_constraining: bool = True  # bound these per dimension, not their sum (paper: off)
+    action_penalty: bool = True  # weigh sampled actions by their distance from [-1, 1] (paper: off)
     initial_stddev: PositiveFloat = 0.5  # the policy's standard deviation before the first update
 
 

@@ -12,8 +12,7 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.059
 
     python sac_gym.py --env-id HalfCheetah-v5 --total-timesteps 1000000
 
-Departs: the step size of the critics is 1e-3, not 3e-4 (--q-lr 3e-4). LayerNorm in the critics
-(--layer-norm) and normalised observations (--normalize-obs) are there for the asking.
+Where a default may depart from the paper, its flag has the paper's in brackets.
 """
 
 import importlib
@@ -44,7 +43,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Soft Actor-Critic for continuous control."""
+    """Flags of the run, from --env-id its environment's, from --buffer-size SAC's."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -53,33 +52,33 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     wandb_project_name: str = "jax-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
-
-    env_id: str = "HalfCheetah-v5"  # registered id, package:id, or old_gym/id for OpenAI Gym
-    env_kwargs: str = "{}"  # arguments for the environment, as JSON
-    action_repeat: PositiveInt = 1  # environment steps for which an action is held
     total_timesteps: PositiveInt = 1_000_000  # environment steps
     eval_frequency: NonNegativeInt = 5_000  # environment steps between evaluations, 0 for none
     eval_episodes: PositiveInt = 10  # episodes of the greedy policy in an evaluation
     log_frequency: PositiveInt = 1_000  # environment steps between logged losses
     checkpoint_frequency: NonNegativeInt = 25_000  # steps between checkpoints, 0 for none
 
+    env_id: str = "HalfCheetah-v5"  # registered id, package:id, or old_gym/id for OpenAI Gym
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    action_repeat: PositiveInt = 1  # environment steps for which an action is held
+
     buffer_size: PositiveInt = 1_000_000  # transitions kept for replay
-    learning_starts: PositiveInt = 10_000  # environment steps of random actions before learning
+    learning_starts: PositiveInt = 10_000  # random environment steps at first
     updates_per_step: PositiveInt = 1  # gradient updates for each action
     batch_size: PositiveInt = 256  # transitions in the minibatch of an update
     gamma: Fraction = 0.99  # discount factor
-    n_step: PositiveInt = 1  # rewards in a target before it bootstraps
+    n_step: PositiveInt = 1  # rewards in a target before it bootstraps (paper: 1)
     tau: Fraction = 0.005  # share of the online critics in a step of the target critics
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics
-    normalize_obs: bool = False  # normalise observations by their running mean and variance
+    layer_norm: bool = False  # LayerNorm before each activation of the critics (paper: off)
+    normalize_obs: bool = False  # normalise observations by their running moments (paper: off)
 
     policy_lr: PositiveFloat = 3e-4  # Adam's step size for the actor and for alpha
-    q_lr: PositiveFloat = 1e-3  # Adam's step size for the critics
+    q_lr: PositiveFloat = 1e-3  # Adam's step size for the critics (paper: 3e-4)
     alpha: PositiveFloat = 1.0  # entropy coefficient: its start, or with --no-autotune its value
-    clipped_double_q: bool = True  # learn from the smaller critic, else from the mean of both
+    clipped_double_q: bool = True  # learn from the smaller critic, else from their mean (paper: on)
     autotune: bool = True  # adapt alpha so that the policy keeps the target entropy
-    target_entropy_scale: NonNegativeFloat = 1.0  # minus the target entropy per action dimension
+    target_entropy_scale: NonNegativeFloat = 1.0  # minus the target per action dimension (paper: 1)
     log_std_min: float = -5.0  # lower bound of the policy's log standard deviation
     log_std_max: float = 2.0  # upper bound of the policy's log standard deviation
 

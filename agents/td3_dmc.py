@@ -15,9 +15,7 @@ arXiv:1802.09477v3.
 
     python td3_dmc.py --env-id cartpole-swingup --total-timesteps 250000
 
-Departs: targets sum 3 rewards before they bootstrap (--n-step 1), observations normalised by
-running moments (--no-normalize-obs), exploration noise is 0.2, not 0.1 (--exploration-noise 0.1),
-learning starts after 5,000 random steps, not 25,000 (--learning-starts 25000).
+Where a default may depart from the authors' code, its flag has theirs in brackets.
 """
 
 import ctypes.util
@@ -51,7 +49,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """TD3 for continuous control."""
+    """Flags of the run, from --env-id its environment's, from --buffer-size TD3's."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -60,30 +58,30 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     wandb_project_name: str = "jax-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
-
-    env_id: str = "cartpole-swingup"  # task of the suite, domain-task
-    env_kwargs: str = "{}"  # arguments for the environment, as JSON
-    action_repeat: PositiveInt = 1  # environment steps for which an action is held
     total_timesteps: PositiveInt = 1_000_000  # environment steps
     eval_frequency: NonNegativeInt = 5_000  # environment steps between evaluations, 0 for none
     eval_episodes: PositiveInt = 10  # episodes of the greedy policy in an evaluation
     log_frequency: PositiveInt = 1_000  # environment steps between logged losses
     checkpoint_frequency: NonNegativeInt = 25_000  # steps between checkpoints, 0 for none
 
+    env_id: str = "cartpole-swingup"  # task of the suite, domain-task
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    action_repeat: PositiveInt = 1  # environment steps for which an action is held
+
     buffer_size: PositiveInt = 1_000_000  # transitions kept for replay
-    learning_starts: PositiveInt = 5_000  # environment steps of random actions before learning
+    learning_starts: PositiveInt = 5_000  # random environment steps at first (authors: 25000)
     updates_per_step: PositiveInt = 1  # gradient updates for each action
     batch_size: PositiveInt = 256  # transitions in the minibatch of an update
     gamma: Fraction = 0.99  # discount factor
-    n_step: PositiveInt = 3  # rewards in a target before it bootstraps
+    n_step: PositiveInt = 3  # rewards in a target before it bootstraps (authors: 1)
     tau: Fraction = 0.005  # share of the online networks in a step of the target networks
     policy_frequency: PositiveInt = 2  # updates between steps of the actor and of all targets
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics
-    normalize_obs: bool = True  # normalise observations by their running mean and variance
+    layer_norm: bool = False  # LayerNorm before each activation of the critics (authors: off)
+    normalize_obs: bool = True  # normalise observations by their running moments (authors: off)
 
-    learning_rate: PositiveFloat = 3e-4  # Adam's step size for the actor and the critics
-    exploration_noise: NonNegativeFloat = 0.2  # standard deviation of the noise on actions
+    learning_rate: PositiveFloat = 3e-4  # Adam's step size for actor and critics (authors: 3e-4)
+    exploration_noise: NonNegativeFloat = 0.2  # standard deviation of action noise (authors: 0.1)
     policy_noise: NonNegativeFloat = 0.2  # that of the noise on the target policy's actions
     noise_clip: NonNegativeFloat = 0.5  # bound of the noise on the target policy's actions
 

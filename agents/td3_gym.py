@@ -13,8 +13,7 @@ arXiv:1802.09477v3.
 
     python td3_gym.py --env-id HalfCheetah-v5 --total-timesteps 1000000
 
-Departs: the step size of Adam is 1e-3, not 3e-4 as in the authors' code (--learning-rate 3e-4);
-learning starts after 10,000 random steps instead of 25,000 (--learning-starts 25000).
+Where a default may depart from the authors' code, its flag has theirs in brackets.
 """
 
 import importlib
@@ -45,7 +44,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """TD3 for continuous control."""
+    """Flags of the run, from --env-id its environment's, from --buffer-size TD3's."""
 
     exp_name: str = Path(__file__).stem  # name of the experiment, in the run directory's name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of all that is random
@@ -54,30 +53,30 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     wandb_project_name: str = "jax-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film one episode of every evaluation into RUN_DIR/videos
-
-    env_id: str = "HalfCheetah-v5"  # registered id, package:id, or old_gym/id for OpenAI Gym
-    env_kwargs: str = "{}"  # arguments for the environment, as JSON
-    action_repeat: PositiveInt = 1  # environment steps for which an action is held
     total_timesteps: PositiveInt = 1_000_000  # environment steps
     eval_frequency: NonNegativeInt = 5_000  # environment steps between evaluations, 0 for none
     eval_episodes: PositiveInt = 10  # episodes of the greedy policy in an evaluation
     log_frequency: PositiveInt = 1_000  # environment steps between logged losses
     checkpoint_frequency: NonNegativeInt = 25_000  # steps between checkpoints, 0 for none
 
+    env_id: str = "HalfCheetah-v5"  # registered id, package:id, or old_gym/id for OpenAI Gym
+    env_kwargs: str = "{}"  # arguments for the environment, as JSON
+    action_repeat: PositiveInt = 1  # environment steps for which an action is held
+
     buffer_size: PositiveInt = 1_000_000  # transitions kept for replay
-    learning_starts: PositiveInt = 10_000  # environment steps of random actions before learning
+    learning_starts: PositiveInt = 10_000  # random environment steps at first (authors: 25000)
     updates_per_step: PositiveInt = 1  # gradient updates for each action
     batch_size: PositiveInt = 256  # transitions in the minibatch of an update
     gamma: Fraction = 0.99  # discount factor
-    n_step: PositiveInt = 1  # rewards in a target before it bootstraps
+    n_step: PositiveInt = 1  # rewards in a target before it bootstraps (authors: 1)
     tau: Fraction = 0.005  # share of the online networks in a step of the target networks
     policy_frequency: PositiveInt = 2  # updates between steps of the actor and of all targets
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics
-    normalize_obs: bool = False  # normalise observations by their running mean and variance
+    layer_norm: bool = False  # LayerNorm before each activation of the critics (authors: off)
+    normalize_obs: bool = False  # normalise observations by their running moments (authors: off)
 
-    learning_rate: PositiveFloat = 1e-3  # Adam's step size for the actor and the critics
-    exploration_noise: NonNegativeFloat = 0.1  # standard deviation of the noise on actions
+    learning_rate: PositiveFloat = 1e-3  # Adam's step size for actor and critics (authors: 3e-4)
+    exploration_noise: NonNegativeFloat = 0.1  # standard deviation of action noise (authors: 0.1)
     policy_noise: NonNegativeFloat = 0.2  # that of the noise on the target policy's actions
     noise_clip: NonNegativeFloat = 0.5  # bound of the noise on the target policy's actions
 

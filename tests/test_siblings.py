@@ -30,12 +30,12 @@ RULED_LINE = re.compile(r"# --- ([a-z ]+) -+")
 
 # Code lines and lines of each script: lower them with the script, never raise them.
 CEILINGS = {
-    "sac_dmc": (425, 620),
-    "sac_gym": (418, 612),
-    "td3_dmc": (410, 600),
-    "td3_gym": (403, 591),
-    "mpo_dmc": (556, 819),
-    "mpo_gym": (549, 811),
+    "sac_dmc": (425, 619),
+    "sac_gym": (418, 611),
+    "td3_dmc": (410, 598),
+    "td3_gym": (403, 590),
+    "mpo_dmc": (556, 817),
+    "mpo_gym": (549, 809),
 }
 
 # Flags whose defaults are not the same in all scripts that have them.
