@@ -46,9 +46,12 @@ def named(path: Path) -> dict:
     return dict(zip(("exp_name", "env_id", "seed"), match.groups())) if match else {}
 
 
-def camera(module) -> dict:
-    """Options of make_env for a camera that follows what moves; Gymnasium's own do so."""
-    return {"render_kwargs": {"camera_id": 0}} if module.__name__.endswith("_dmc") else {}
+def camera(module, env_id: str) -> dict:
+    """Options of make_env for a camera that follows what moves."""
+    if module.__name__.endswith("_dmc"):
+        return {"render_kwargs": {"camera_id": 0}}
+    entry_point = str(gym.registry[env_id].entry_point) if env_id in gym.registry else ""
+    return {"camera_name": "track"} if entry_point.startswith("gymnasium.envs.mujoco") else {}
 
 
 def prepare(flags: Flags):
@@ -80,7 +83,7 @@ def main(flags: Flags) -> list[float]:
     if flags.render:
         os.environ.setdefault("MUJOCO_GL", "egl" if film else "glfw")
         make_env, mode = module.make_env, "rgb_array" if film else "human"
-        options = {"render_mode": mode} | camera(module)
+        options = {"render_mode": mode} | camera(module, args.env_id)
         module.make_env = lambda args: make_env(args, **options)
     env, returns, frames = module.Interface(args), [], []
     if [*policy["obs_mean"].shape, policy["low"].size] != [env.obs_dim, env.low.size]:

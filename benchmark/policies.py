@@ -54,16 +54,16 @@ def animate(
     out: Path = RESULTS / "figures" / "policies.webp",
     seconds: float = 8.0,
     fps: int = 15,
-    columns: int = 4,
-    width: int = 200,
+    columns: int = 5,
+    width: int = 180,
     quality: int = 50,
 ):
     """An endless film of the best policy of each task, side by side, from its first episode."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    tasks = {}
-    for path in sorted(policies.glob("*.npz")):
-        tasks.setdefault(path.stem.split("__")[1], path)
-    films = [film(path, seconds, fps, width) for path in tasks.values()]
+    returns = pd.read_csv(policies / "eval.csv").groupby("policy")["return"].mean()
+    best = {run.split("__")[1]: policies / f"{run}.npz" for run in returns.sort_values().index}
+    best = dict(sorted(best.items(), key=lambda item: item[0].lower()))
+    films = [film(path, seconds, fps, width) for path in best.values()]
     columns = min(columns, len(films))
     rows = -(-len(films) // columns)
     sheets = []
@@ -74,13 +74,13 @@ def animate(
         sheets.append(sheet)
     options = dict(duration=round(1000 / fps), loop=0, quality=quality, method=6)
     sheets[0].save(out, save_all=True, append_images=sheets[1:], **options)
-    print(f"{out}: {', '.join(tasks)}; {out.stat().st_size / 1e6:.2f} MB")
+    print(f"{out}: {', '.join(best)}; {out.stat().st_size / 1e6:.2f} MB")
 
 
 def film(path: Path, seconds: float, fps: int, width: int) -> list[Image.Image]:
     """Square frames of the policy in a file called {script}__{env_id}__{seed}.npz."""
     policy, script, args = play.prepare(play.Flags(path))
-    kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"} | play.camera(script)
+    kwargs = {"render_mode": "rgb_array"} | play.camera(script, args.env_id)
     env = script.Interface(args.model_copy(update={"env_kwargs": json.dumps(kwargs)}))
     obs, step, episode, frames = env.reset(args.seed, 1, 0), 0, 0, []
     for frame in range(round(seconds * fps)):
