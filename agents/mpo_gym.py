@@ -13,8 +13,8 @@ decoupled M-step of "Relative Entropy Regularized Policy Iteration", arXiv:1812.
 
     python mpo_gym.py --env-id HalfCheetah-v5 --total-timesteps 1000000
 
-Where a default may depart from the paper, its flag has the paper's in brackets. Twin critics and
-actions clipped to [-1, 1] are departures without a flag.
+Where a default may depart from the paper, its flag has the paper's in brackets. Besides, the
+temperature is solved for exactly, the critics are two, and actions are clipped to [-1, 1].
 """
 
 import importlib

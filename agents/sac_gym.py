@@ -12,7 +12,7 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv:1812.059
 
     python sac_gym.py --env-id HalfCheetah-v5 --total-timesteps 1000000
 
-Where a default may depart from the paper, its flag has the paper's in brackets.
+Where a default may depart from the paper, its flag has the paper's in brackets; alpha has none.
 """
 
 import importlib
@@ -67,7 +67,7 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     updates_per_step: PositiveInt = 1  # gradient updates for each action
     batch_size: PositiveInt = 256  # transitions in the minibatch of an update
     gamma: Fraction = 0.99  # discount factor
-    n_step: PositiveInt = 1  # rewards in a target before it bootstraps (paper: 1)
+    n_step: PositiveInt = 1  # rewards, without entropy, before a target bootstraps (paper: 1)
     tau: Fraction = 0.005  # share of the online critics in a step of the target critics
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
     layer_norm: bool = False  # LayerNorm before each activation of the critics (paper: off)
