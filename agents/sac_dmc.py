@@ -75,13 +75,13 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     n_step: PositiveInt = 3  # rewards, without entropy, before a target bootstraps (paper: 1)
     tau: Fraction = 0.005  # share of the online critics in a step of the target critics
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics (paper: off)
+    layer_norm: bool = True  # LayerNorm before each activation of the critics (paper: off)
     normalize_obs: bool = True  # normalise observations by their running moments (paper: off)
 
     policy_lr: PositiveFloat = 3e-4  # Adam's step size for the actor and for alpha
     q_lr: PositiveFloat = 3e-4  # Adam's step size for the critics (paper: 3e-4)
     alpha: PositiveFloat = 0.1  # entropy coefficient: its start, or with --no-autotune its value
-    clipped_double_q: bool = True  # learn from the smaller critic, else from their mean (paper: on)
+    clipped_double_q: bool = False  # learn from the smaller critic, else their mean (paper: on)
     autotune: bool = True  # adapt alpha so that the policy keeps the target entropy
     target_entropy_scale: NonNegativeFloat = 0.5  # minus the target per action dimension (paper: 1)
     log_std_min: float = -5.0  # lower bound of the policy's log standard deviation

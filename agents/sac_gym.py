@@ -76,7 +76,7 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     policy_lr: PositiveFloat = 3e-4  # Adam's step size for the actor and for alpha
     q_lr: PositiveFloat = 1e-3  # Adam's step size for the critics (paper: 3e-4)
     alpha: PositiveFloat = 1.0  # entropy coefficient: its start, or with --no-autotune its value
-    clipped_double_q: bool = True  # learn from the smaller critic, else from their mean (paper: on)
+    clipped_double_q: bool = True  # learn from the smaller critic, else their mean (paper: on)
     autotune: bool = True  # adapt alpha so that the policy keeps the target entropy
     target_entropy_scale: NonNegativeFloat = 1.0  # minus the target per action dimension (paper: 1)
     log_std_min: float = -5.0  # lower bound of the policy's log standard deviation

@@ -131,11 +131,15 @@ class SAC:
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_slope).sum(dim=-1)
 
+    def value(self, q):
+        """The smaller of two critics [2, B], or their mean, as the flag has it."""
+        return q.amin(dim=0) if self.args.clipped_double_q else q.mean(dim=0)
+
     @torch.no_grad()
     def td_target(self, batch: Batch, noise):
-        """Soft Bellman target with the smaller of the two target critics, [B]."""
+        """Soft Bellman target, [B]."""
         next_action, log_prob = self.sample_action(batch.next_obs, noise)
-        next_q = self.target_critic(batch.next_obs, next_action).amin(dim=0)
+        next_q = self.value(self.target_critic(batch.next_obs, next_action))
         next_v = next_q - self.log_alpha.exp() * log_prob
         return batch.reward + self.args.gamma * batch.discount * next_v
 
@@ -146,7 +150,7 @@ class SAC:
     def actor_loss(self, batch: Batch, noise):
         """Expected alpha log pi - Q, and the entropy."""
         action, log_prob = self.sample_action(batch.obs, noise)
-        q = self.critic(batch.obs, action).amin(dim=0)
+        q = self.value(self.critic(batch.obs, action))
         loss = (self.log_alpha.detach().exp() * log_prob - q).mean()
         return loss, -log_prob.detach().mean()
 

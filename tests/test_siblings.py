@@ -18,10 +18,7 @@ import tyro
 from conftest import REPOSITORY, parts
 
 # The names whose text is the algorithm, and those that differ between two backends.
-ROLES = {
-    "Args", "State", "policy", "init", "SQUASH", "explore", "td_target", "actor_loss", "update",
-    "main",
-}  # fmt: skip
+ROLES = {*"Args State policy init SQUASH explore td_target actor_loss update main".split()}
 BACKEND = {"make_env"}
 DMC_IMPORTS = ("import ctypes.util", "import warnings", "from contextlib")
 ALGORITHM = ["networks", "state", "replay buffer", "acting", "learning"]
@@ -43,19 +40,20 @@ DEFAULTS = """
                       sac_dmc  sac_gym  td3_dmc  td3_gym  mpo_dmc  mpo_gym
 learning_starts       5000     10000    5000     10000    5000     10000
 n_step                3        1        3        1        1        1
-layer_norm            False    False    False    False    True     True
+layer_norm            True     False    False    False    True     True
 normalize_obs         True     False    True     False    True     True
 policy_lr             3e-4     3e-4     -        -        3e-4     3e-4
 q_lr                  3e-4     1e-3     -        -        3e-4     3e-4
 learning_rate         -        -        3e-4     1e-3     -        -
 exploration_noise     -        -        0.2      0.1      -        -
 alpha                 0.1      1.0      -        -        -        -
+clipped_double_q      False    True     -        -        -        -
 target_entropy_scale  0.5      1.0      -        -        -        -
 """
-SAME_DEFAULTS = dict(initial_stddev=0.5,
-    seed=0, action_repeat=1, total_timesteps=1_000_000, eval_frequency=5_000, eval_episodes=10,
-    log_frequency=1_000, checkpoint_frequency=25_000, buffer_size=1_000_000, updates_per_step=1,
-    batch_size=256, gamma=0.99, hidden_width=256, tau=0.005, autotune=True, clipped_double_q=True,
+SAME_DEFAULTS = dict(
+    initial_stddev=0.5, seed=0, action_repeat=1, total_timesteps=1_000_000, eval_frequency=5_000,
+    eval_episodes=10, log_frequency=1_000, checkpoint_frequency=25_000, buffer_size=1_000_000,
+    updates_per_step=1, batch_size=256, gamma=0.99, hidden_width=256, tau=0.005, autotune=True,
     log_std_min=-5.0, log_std_max=2.0, policy_frequency=2, policy_noise=0.2, noise_clip=0.5,
     action_samples=20, target_network_frequency=100, dual_lr=1e-2, temperature_solver="newton",
     temperature=1.0, alpha_mean=1.0, alpha_stddev=10.0, epsilon=0.1, epsilon_penalty=1e-3,
