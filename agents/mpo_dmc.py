@@ -410,8 +410,8 @@ def sampled_values(critic: Params, obs, actions, args: Args):
 
 
 def td_target(batch: Batch, next_q, args: Args):
-    """The value expected under the target policy, [B]; next_q [2, N, B]."""
-    next_v = next_q.mean(axis=1).min(axis=0)
+    """The critics' mean value expected under the target policy, [B]; next_q [2, N, B]."""
+    next_v = next_q.mean(axis=(0, 1))
     return batch.reward + args.gamma * batch.discount * next_v
 
 
