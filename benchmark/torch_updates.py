@@ -296,8 +296,8 @@ class MPO:
         return actions, self.target_critic(obs, actions.clamp(-1, 1))
 
     def critic_loss(self, batch: Batch, next_q):
-        """The critics' loss at the smaller of the two values expected under the target policy."""
-        next_v = next_q.mean(dim=1).amin(dim=0)
+        """The critics' loss at their mean value expected under the target policy."""
+        next_v = next_q.mean(dim=(0, 1))
         target = batch.reward + self.args.gamma * batch.discount * next_v
         return critic_loss(self.critic, batch, target)
 

@@ -40,8 +40,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 SMALL = dict(
     hidden_width=32, batch_size=7, buffer_size=2000, total_timesteps=100, learning_starts=20,
-    log_frequency=10, eval_frequency=0, eval_episodes=2, action_samples=5,
-    # Siblings have other defaults for these; the same ones let them share compilations.
+    log_frequency=10, eval_frequency=0, eval_episodes=2, action_samples=5, clipped_double_q=True,
+    # Siblings have other defaults for these and the last; one lets them share compilations.
     n_step=1, layer_norm=True, normalize_obs=True, alpha=0.2, target_entropy_scale=0.5,
 )  # fmt: skip
 

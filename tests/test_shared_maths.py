@@ -30,13 +30,14 @@ def descent(script):
 
 
 def test_the_critics_descend_the_error_to_a_fixed_target(script, descent):
-    """The reward and the discounted smaller value of the target networks."""
+    """The reward and the discounted smaller, MPO's the mean, value of the target networks."""
     args, batch, old, new, metrics = descent
     obs, action, reward, discount, next_obs = float64(batch)
     slow_actor = old.target_actor if "target_actor" in old._fields else old.actor.params
     next_action = oracles.greedy(script, float64(slow_actor), next_obs)
-    next_q = oracles.q_values(float64(old.target_critic), next_obs, next_action, args).min(axis=0)
-    target = reward + args.gamma * discount * next_q
+    next_q = oracles.q_values(float64(old.target_critic), next_obs, next_action, args)
+    next_v = (next_q.mean if script.algorithm == "mpo" else next_q.min)(axis=0)
+    target = reward + args.gamma * discount * next_v
 
     def loss(critic):
         return np.square(oracles.q_values(critic, obs, action, args) - target).mean(axis=1).sum()

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from conftest import REPOSITORY, small_args
+from conftest import REPOSITORY, SMALL, small_args
 from oracles import ACT, OBS, SAMPLES, assert_close, params_of, random_batch
 
 torch = pytest.importorskip("torch")
@@ -41,6 +41,7 @@ LAYERS = {"actor": layers, "target_actor": layers, "critic": both, "target_criti
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_torch_updates_are_ours(script, layer_norm, monkeypatch):
+    monkeypatch.setitem(SMALL, "clipped_double_q", layer_norm)
     args = small_args(script, layer_norm=layer_norm, **oracles.always(script))
     state = oracles.optimised(oracles.perturbed_state(script, args), oracles.DESCENT)
     batch = random_batch(script)
