@@ -77,11 +77,12 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     tau: Fraction = 0.005  # share of the online networks in a step of the target networks
     policy_frequency: PositiveInt = 2  # updates between steps of the actor and of all targets
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics (authors: off)
+    layer_norm: bool = True  # LayerNorm before each activation of the critics (authors: off)
     normalize_obs: bool = True  # normalise observations by their running moments (authors: off)
 
     learning_rate: PositiveFloat = 3e-4  # Adam's step size for actor and critics (authors: 3e-4)
     exploration_noise: NonNegativeFloat = 0.2  # standard deviation of action noise (authors: 0.1)
+    clipped_double_q: bool = False  # learn from the smaller critic, else their mean (authors: on)
     policy_noise: NonNegativeFloat = 0.2  # that of the noise on the target policy's actions
     noise_clip: NonNegativeFloat = 0.5  # bound of the noise on the target policy's actions
 
@@ -358,12 +359,13 @@ def greedy_action(policy: dict[str, np.ndarray], obs: np.ndarray) -> np.ndarray:
 
 
 def td_target(state: State, batch: Batch, key, args: Args):
-    """Clipped double-Q target with target policy smoothing, [B] (Alg. 1)."""
+    """Target with target policy smoothing, [B]; Alg. 1 takes the smaller critic."""
     noise = args.policy_noise * jax.random.normal(key, batch.action.shape)
     noise = jnp.clip(noise, -args.noise_clip, args.noise_clip)
     next_action = jnp.clip(policy(state.target_actor, batch.next_obs, args) + noise, -1, 1)
-    next_q = q_values(state.target_critic, batch.next_obs, next_action, args).min(axis=0)
-    return batch.reward + args.gamma * batch.discount * next_q
+    q = q_values(state.target_critic, batch.next_obs, next_action, args)
+    q = (q.min if args.clipped_double_q else q.mean)(axis=0)
+    return batch.reward + args.gamma * batch.discount * q
 
 
 def critic_loss(critic: Params, batch: Batch, target, args: Args):
@@ -393,12 +395,10 @@ def update(state: State, batch: Batch, key, args: Args) -> tuple[State, dict]:
 
     def delayed(state: State):
         actor, metrics = gradient_step(state.actor, actor_loss, state, batch, args)
-        target_actor, target_critic = optax.incremental_update(
-            new_tensors=(actor.params, critic.params),
-            old_tensors=(state.target_actor, state.target_critic),
-            step_size=args.tau,
-        )
-        return State(actor, critic, target_actor, target_critic), metrics
+        online = actor.params, critic.params
+        targets = state.target_actor, state.target_critic
+        targets = optax.incremental_update(online, targets, step_size=args.tau)
+        return State(actor, critic, *targets), metrics
 
     def skipped(state: State):
         return state, {"actor_loss": jnp.float32(jnp.nan)}

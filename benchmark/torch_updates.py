@@ -107,6 +107,11 @@ def descend(loss, optimizer: torch.optim.Optimizer):
     optimizer.step()
 
 
+def value(q, args):
+    """The smaller of two critics [2, B], or their mean, as the flag has it."""
+    return q.amin(dim=0) if args.clipped_double_q else q.mean(dim=0)
+
+
 class SAC:
     """Soft Actor-Critic; Haarnoja et al., arXiv:1812.05905v2."""
 
@@ -131,15 +136,11 @@ class SAC:
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return torch.tanh(u), (log_normal - log_slope).sum(dim=-1)
 
-    def value(self, q):
-        """The smaller of two critics [2, B], or their mean, as the flag has it."""
-        return q.amin(dim=0) if self.args.clipped_double_q else q.mean(dim=0)
-
     @torch.no_grad()
     def td_target(self, batch: Batch, noise):
         """Soft Bellman target, [B]."""
         next_action, log_prob = self.sample_action(batch.next_obs, noise)
-        next_q = self.value(self.target_critic(batch.next_obs, next_action))
+        next_q = value(self.target_critic(batch.next_obs, next_action), self.args)
         next_v = next_q - self.log_alpha.exp() * log_prob
         return batch.reward + self.args.gamma * batch.discount * next_v
 
@@ -150,7 +151,7 @@ class SAC:
     def actor_loss(self, batch: Batch, noise):
         """Expected alpha log pi - Q, and the entropy."""
         action, log_prob = self.sample_action(batch.obs, noise)
-        q = self.value(self.critic(batch.obs, action))
+        q = value(self.critic(batch.obs, action), self.args)
         loss = (self.log_alpha.detach().exp() * log_prob - q).mean()
         return loss, -log_prob.detach().mean()
 
@@ -186,15 +187,15 @@ class TD3:
 
     @torch.no_grad()
     def td_target(self, batch: Batch, noise):
-        """Clipped double-Q target with target policy smoothing, [B]."""
+        """Target with target policy smoothing, [B]."""
         clip = self.args.noise_clip
         noise = (self.args.policy_noise * noise).clamp(-clip, clip)
         next_action = (self.target_actor(batch.next_obs) + noise).clamp(-1, 1)
-        next_q = self.target_critic(batch.next_obs, next_action).amin(dim=0)
+        next_q = value(self.target_critic(batch.next_obs, next_action), self.args)
         return batch.reward + self.args.gamma * batch.discount * next_q
 
     def critic_loss(self, batch: Batch, noise):
-        """The critics' loss at the clipped double-Q target."""
+        """The critics' loss at the smoothed target."""
         return critic_loss(self.critic, batch, self.td_target(batch, noise))
 
     def actor_loss(self, batch: Batch):

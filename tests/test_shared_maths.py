@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from conftest import small_args
+from conftest import SMALL, small_args
 from scipy import stats
 
 from oracles import (  # isort: skip
@@ -20,9 +20,10 @@ pytestmark = pytest.mark.backends("dmc")
 ONE_SCRIPT = pytest.mark.algorithms("sac")
 
 
-@pytest.fixture
-def descent(script):
+@pytest.fixture(params=[False, True])
+def descent(script, request, monkeypatch):
     """Flags, a minibatch, and what an update of small networks without noise makes of a state."""
+    monkeypatch.setitem(SMALL, "clipped_double_q", request.param)  # MPO has the mean always
     flags = noiseless(script) | always(script)
     args = small_args(script, hidden_width=3, layer_norm=script.algorithm == "mpo", **flags)
     old, batch = optimised(perturbed_state(script, args), DESCENT), random_batch(script)
@@ -30,13 +31,13 @@ def descent(script):
 
 
 def test_the_critics_descend_the_error_to_a_fixed_target(script, descent):
-    """The reward and the discounted smaller, MPO's the mean, value of the target networks."""
+    """The reward and the discounted smaller value, or their mean, of the target networks."""
     args, batch, old, new, metrics = descent
     obs, action, reward, discount, next_obs = float64(batch)
     slow_actor = old.target_actor if "target_actor" in old._fields else old.actor.params
     next_action = oracles.greedy(script, float64(slow_actor), next_obs)
     next_q = oracles.q_values(float64(old.target_critic), next_obs, next_action, args)
-    next_v = (next_q.mean if script.algorithm == "mpo" else next_q.min)(axis=0)
+    next_v = (next_q.min if getattr(args, "clipped_double_q", False) else next_q.mean)(axis=0)
     target = reward + args.gamma * discount * next_v
 
     def loss(critic):
@@ -49,13 +50,14 @@ def test_the_critics_descend_the_error_to_a_fixed_target(script, descent):
 
 @pytest.mark.algorithms("td3", "sac")  # MPO improves its policy another way, and copies targets
 def test_the_actor_ascends_the_critics_just_updated_and_targets_follow_by_tau(script, descent):
-    """TD3's the first critic, SAC's the smaller value; targets what the networks have become."""
+    """TD3's the first critic, SAC's the smaller or the mean; targets what networks have become."""
     args, batch, old, new, _ = descent
     obs, critic = float64(batch.obs), float64(new.critic.params)
 
     def loss(actor):
         q = oracles.q_values(critic, obs, oracles.greedy(script, actor, obs), args)
-        return -(q[0] if script.algorithm == "td3" else q.min(axis=0)).mean()
+        q = q[:1] if script.algorithm == "td3" else q
+        return -(q.min if args.clipped_double_q else q.mean)(axis=0).mean()
 
     gradient = difference(old.actor.params, new.actor.params)
     assert_close(gradient, finite_differences(loss, old.actor.params), rtol=2e-4)
@@ -69,9 +71,8 @@ def test_the_first_step_of_adam_is_the_step_size_of_its_network(script):
     """Nothing changes its shape or type, and metrics are scalar."""
     rates = dict(actor=1e-3, critic=2e-3, duals=3e-3)
     args = small_args(script, **step_sizes(script, **rates), **always(script))
-    if script.algorithm == "td3":
-        rates["actor"] = rates["critic"]
-    rates["alpha"] = rates["actor"]
+    actor = rates["critic" if script.algorithm == "td3" else "actor"]
+    rates |= dict(actor=actor, alpha=actor)
     old = init(script, args)
     new, metrics = update(script, old, random_batch(script), args)
     for name in rates.keys() & set(new._fields):

@@ -30,9 +30,7 @@ def target_actions(script, monkeypatch):
 
 
 @pytest.mark.parametrize("std, bound", [(0.2, 0.5), (0.1, 0.15)])
-def test_smoothing_is_clipped_gaussian_noise_of_its_own_for_every_sample(
-    target_actions, std, bound
-):
+def test_smoothing_is_clipped_gaussian_noise_of_its_own_for_each_sample(target_actions, std, bound):
     slow_action, flags = np.array([0.0, 0.3, -0.4]), dict(policy_noise=std, noise_clip=bound)
     noise = target_actions(slow_action, 30_011, **flags) - slow_action
     assert np.abs(noise).max() <= bound + 1e-6
