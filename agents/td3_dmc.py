@@ -77,12 +77,12 @@ class Args(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     tau: Fraction = 0.005  # share of the online networks in a step of the target networks
     policy_frequency: PositiveInt = 2  # updates between steps of the actor and of all targets
     hidden_width: PositiveInt = 256  # units of each of the two hidden layers
-    layer_norm: bool = False  # LayerNorm before each activation of the critics (authors: off)
+    layer_norm: bool = True  # LayerNorm before each activation of the critics (authors: off)
     normalize_obs: bool = True  # normalise observations by their running moments (authors: off)
 
     learning_rate: PositiveFloat = 3e-4  # Adam's step size for actor and critics (authors: 3e-4)
     exploration_noise: NonNegativeFloat = 0.2  # standard deviation of action noise (authors: 0.1)
-    clipped_double_q: bool = True  # learn from the smaller critic, else their mean (authors: on)
+    clipped_double_q: bool = False  # learn from the smaller critic, else their mean (authors: on)
     policy_noise: NonNegativeFloat = 0.2  # that of the noise on the target policy's actions
     noise_clip: NonNegativeFloat = 0.5  # bound of the noise on the target policy's actions
 

@@ -40,14 +40,14 @@ DEFAULTS = """
                       sac_dmc  sac_gym  td3_dmc  td3_gym  mpo_dmc  mpo_gym
 learning_starts       5000     10000    5000     10000    5000     10000
 n_step                3        1        3        1        1        1
-layer_norm            True     False    False    False    True     True
+layer_norm            True     False    True     False    True     True
 normalize_obs         True     False    True     False    True     True
 policy_lr             3e-4     3e-4     -        -        3e-4     3e-4
 q_lr                  3e-4     1e-3     -        -        3e-4     3e-4
 learning_rate         -        -        3e-4     1e-3     -        -
 exploration_noise     -        -        0.2      0.1      -        -
 alpha                 0.1      1.0      -        -        -        -
-clipped_double_q      False    True     True     True     -        -
+clipped_double_q      False    True     False    True     -        -
 target_entropy_scale  0.5      1.0      -        -        -        -
 """
 SAME_DEFAULTS = dict(
