@@ -54,7 +54,7 @@ def animate(
     out: Path = RESULTS / "figures" / "policies.webp",
     seconds: float = 8.0,
     fps: int = 15,
-    columns: int = 5,
+    columns: int = 4,
     width: int = 180,
     quality: int = 50,
 ):
