@@ -3,7 +3,7 @@
     python agents/play.py RUN_DIR                                # ten episodes, those of eval.csv
     python agents/play.py RUN_DIR --episodes 1 --render human    # in a window, or --render film.mp4
     python agents/play.py policy.npz --agent sac_dmc --env-id cartpole-swingup
-    python agents/play.py benchmark/results/policies/sac_dmc__cartpole-swingup__3.npz
+    python agents/play.py benchmark/results/policies/sac_dmc__cartpole-swingup__0.npz
 
 The policy needs NumPy alone; the environment is the one that the script of the run makes.
 """
