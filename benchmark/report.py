@@ -256,7 +256,7 @@ def markdown(header: list[str], lines: list[list]) -> str:
 
 
 def task_table(env_id: str, tasks: Tasks, minutes: pd.Series, args: Args) -> str:
-    """Returns at fixed steps, and steps and minutes to 90 % of the return at the last of them."""
+    """Returns at fixed steps and of three evaluations; steps and minutes to 90 % of the last."""
     end, lines = budget(tasks[env_id], args), []
     last = max(returns.index[-1] for returns in tasks[env_id].values())
     steps = sorted({step for step in args.steps if step <= last} | {end})
@@ -265,9 +265,12 @@ def task_table(env_id: str, tasks: Tasks, minutes: pd.Series, args: Args) -> str
         first = {seed: reaches(returns[seed].loc[:end].dropna()) for seed in there}
         times = [minutes.get((env_id, name, *item), np.nan) for item in first.items()]
         cells = [cell(at(returns, step), n) for step in steps]
+        final = returns.loc[:end, there].apply(lambda seed: seed.dropna().tail(3).mean())
+        cells += [cell(final, n, statistic=mean)]
         cells += [cell([*first.values()], n, steps_text), cell([x for x in times if x == x], n)]
         lines.append([name, n, *cells])
-    return markdown(["", "seeds", *map(steps_text, steps), "steps to 90 %", "minutes"], lines)
+    header = ["", "seeds", *map(steps_text, steps), "last three", "steps to 90 %", "minutes"]
+    return markdown(header, lines)
 
 
 def published_table(tasks: Tasks, published: pd.DataFrame, args: Args) -> str:
@@ -396,9 +399,10 @@ Made by `python benchmark/report.py`; do not edit.
 
 Interquartile mean over seeds of the mean return of the greedy policy in each evaluation. In
 brackets: of two or three seeds their range, of more the 95 % interval from the stratified bootstrap
-over seeds (2000 resamples). `(2 of 5)` is over the seeds that have come so far. 90 % is of a
-seed's own return at the last of these steps that all algorithms of the task have reached; minutes
-to that step are wall time, training and evaluation, on the machine below.
+over seeds (2000 resamples). `(2 of 5)` is over the seeds that have come so far. "Last three" is the
+mean over seeds and the three evaluations up to the last of these steps that all algorithms of the
+task have reached, 90 % of a seed's own return there; minutes to that are wall time, training and
+evaluation, on the machine below.
 
 ![Learning curves](figures/curves.png)
 

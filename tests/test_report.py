@@ -59,7 +59,7 @@ def curves(tmp_path):
     for seed in range(2):
         run(folder, "td3_gym", "Hopper-v5", seed, {50: 1000, 100: 3000 + 100 * seed})
     old = {"commit": "0123456789abcdef", "device": "cpu", "machine": "Linux"}
-    run(folder, "mpo_dmc", "dm_control/cheetah-run-v0", 0, {50: 10, 100: 99.5}, old)
+    run(folder, "mpo_dmc", "dm_control/cheetah-run-v0", 0, {25: 0, 50: 10, 75: 40, 100: 99.5}, old)
     (folder / "runs.csv").write_text(
         "run,commit,machine\nsac_dmc__cartpole-swingup__0,abcdefabcdefabcd-dirty,a CPU\n"
         "sac_dmc__cartpole-swingup__1,abcdefabcdefabcd,a CPU\n"
@@ -74,9 +74,10 @@ def test_tables(tmp_path, curves, no_figures):
     """What is known of each seed, where it comes from, and whom it is beside."""
     text = make(tmp_path, curves)
     for line in """
-        | SAC | 5 | 702 [701, 704] | 825 [810, 840] (4 of 5) | 100 [100, 100] (4 of 5) | - |
-        | TD3 | 2 | 1000 [1000, 1000] | 3050 [3000, 3100] | 100 [100, 100] | 11 (1 of 2) |
-        | MPO | 1 | 10 | 99.5 | 100 | - |
+        | SAC | 5 | 702 [701, 704] | 825 [810, 840] (4 of 5) | 676 [672, 679] (4 of 5) |
+        | TD3 | 2 | 1000 [1000, 1000] | 3050 [3000, 3100] | 2025 [2000, 2050] | 100 [100, 100] |
+        | 2025 [2000, 2050] | 100 [100, 100] | 11 (1 of 2) |
+        | MPO | 1 | 10 | 99.5 | 49.8 | 100 | - |
         702 [701, 704] | 702 [701, 703] | 700 (1 seed) [1] | - | - |
         3500 (at 120) [3] | - | - |
         - [1] somebody's file: wide
